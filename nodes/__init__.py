@@ -1,0 +1,1 @@
+"""The side that owns data or has a private task."""

@@ -1,0 +1,1 @@
+"""The protocol: what a second implementation or an auditor needs."""
