@@ -1,0 +1,142 @@
+"""The catalogue: the public scalars of every release, in one order, bound by one signature (docs/protocol.md 6.2).
+
+A row holds exact integers that anyone can recompute from the release, so a market that publishes a wrong row has signed the proof.
+Heads chain the rows:  head_0 = 0,  head_k = SHA-256(head_{k-1} || row_k).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol.codec import domain_tag
+from protocol.errors import FormatError, IncompatibleSpecification, InvalidSignature
+from protocol.features import CENTRE_SCALE, VIEWS, FeatureMap
+from protocol.specification import COUNT_STEP, FEATURE_SCALE, Specification
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+TAG = domain_tag("catalogue", 1)
+EMPTY_HEAD = bytes(32)
+ROW = np.dtype(
+    [
+        ("release_id", "u1", (32,)),
+        ("count", "<i4"),  # S_0
+        ("noise_variance", "<u8"),  # s^2
+        ("squares", "<u8", (len(VIEWS),)),  # sum of S_j^2 over the view's coordinates
+        ("products", "<i8", (len(VIEWS),)),  # sum of G_j S_j, G the map's task mean on its integer grid
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A signed state of the catalogue."""
+
+    size: int
+    head: bytes
+    signature: bytes
+
+    @property
+    def signed_bytes(self) -> bytes:
+        """What the market signs."""
+        return TAG + self.size.to_bytes(8, "little") + self.head
+
+
+def sign_head(size: int, head: bytes, market_key: Ed25519PrivateKey) -> Head:
+    """Return the signed head of a catalogue of `size` rows."""
+    return Head(size, head, market_key.sign(Head(size, head, b"").signed_bytes))
+
+
+def verify_head(head: Head, market_key: bytes) -> None:
+    """Raise InvalidSignature unless the market signed this head."""
+    from cryptography.exceptions import InvalidSignature as BadSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    try:
+        Ed25519PublicKey.from_public_bytes(market_key).verify(head.signature, head.signed_bytes)
+    except (BadSignature, ValueError):
+        raise InvalidSignature("catalogue: the market's signature does not verify") from None
+
+
+def extend_head(head: bytes, rows: Iterable[bytes]) -> bytes:
+    """Return the head after appending these rows."""
+    for row in rows:
+        head = hashlib.sha256(head + row).digest()
+    return head
+
+
+def row_of(release_id: bytes, specification: Specification, feature_map: FeatureMap) -> bytes:
+    """Return the catalogue row of a release; raise IncompatibleSpecification for another map, FormatError for sums out of range."""
+    if specification.map_id != feature_map.map_id:
+        raise IncompatibleSpecification(f"map: expected {feature_map.map_id.hex()[:16]}, got {specification.map_id.hex()[:16]}")
+    if specification.dimension != feature_map.dimension:
+        raise IncompatibleSpecification(f"dimension: expected {feature_map.dimension}, got {specification.dimension}")
+    sums = [int(s) for s in specification.noisy_sums[1:]]
+    centre = [int(g) for g in feature_map.centre]
+    step = feature_map.view_dimension
+    views = [slice(start, start + step) for start in range(0, feature_map.dimension, step)]
+    squares = [sum(s * s for s in sums[view]) for view in views]
+    products = [sum(g * s for g, s in zip(centre[view], sums[view], strict=True)) for view in views]
+    if max(squares) >= 1 << 63 or max(map(abs, products)) >= 1 << 62 or specification.noise_variance >= 1 << 62:
+        raise FormatError("specification: sums too large for any data set")
+    row = np.zeros((), ROW)
+    row["release_id"] = np.frombuffer(release_id, np.uint8)
+    row["count"], row["noise_variance"] = int(specification.noisy_sums[0]), specification.noise_variance
+    row["squares"], row["products"] = squares, products
+    return row.tobytes()
+
+
+@dataclass(frozen=True, eq=False)
+class Catalogue:
+    """The public scalars of all releases of one map, as a querier holds them."""
+
+    feature_map: FeatureMap
+    rows: NDArray[np.void]  # (N,), dtype ROW
+    head: Head
+
+    @property
+    def release_ids(self) -> list[bytes]:
+        """Ids in catalogue order."""
+        return [bytes(row) for row in self.rows["release_id"]]
+
+    @property
+    def counts(self) -> NDArray[np.float64]:
+        """Noisy number of privacy units of each release, at least 1."""
+        return np.maximum(self.rows["count"] / COUNT_STEP, 1.0)
+
+    @property
+    def noise_stds(self) -> NDArray[np.float64]:
+        """Standard deviation of each coordinate of each mean."""
+        return np.sqrt(self.rows["noise_variance"].astype(np.float64)) / (FEATURE_SCALE * self.counts)
+
+    def centred_norms_squared(self, views: int) -> NDArray[np.float64]:
+        """Return ||mu_i - g||^2 over the first `views` views: (N,)."""
+        scale = FEATURE_SCALE * self.counts
+        squares = self.rows["squares"][:, :views].astype(np.float64).sum(axis=1)
+        products = self.rows["products"][:, :views].astype(np.float64).sum(axis=1)
+        centre = self.feature_map.task_mean[: views * self.feature_map.view_dimension]
+        norms: NDArray[np.float64] = squares / scale**2 - 2 * products / (CENTRE_SCALE * scale) + float(centre @ centre)
+        return norms
+
+
+def open_rows(feature_map: FeatureMap, known: Sequence[bytes], new: Sequence[bytes], head: Head, market_key: bytes) -> Catalogue:
+    """Return the catalogue of `known` followed by `new` rows if the market signed exactly these; raise otherwise.  No IO."""
+    verify_head(head, market_key)
+    rows = [*known, *new]
+    if any(len(row) != ROW.itemsize for row in new):
+        raise FormatError(f"catalogue row: expected {ROW.itemsize} bytes")
+    if head.size != len(rows) or extend_head(EMPTY_HEAD, rows) != head.head:
+        raise FormatError(f"catalogue: expected {head.size} rows under the signed head, got {len(rows)} that do not give it")
+    return Catalogue(feature_map, np.frombuffer(b"".join(rows), ROW), head)
+
+
+def centred_mean(specification: Specification, feature_map: FeatureMap) -> NDArray[np.float64]:
+    """Return mu - g, (D,): the row that matching multiplies with a query."""
+    return specification.mean - feature_map.task_mean

@@ -1,0 +1,171 @@
+"""The release: signed, content-addressed bytes of one learnware (docs/protocol.md 4).
+
+envelope = release bytes || Ed25519 signature over them          release id = SHA-256 of the release bytes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from protocol.codec import decode, domain_tag, encode, format_decimal, parse_decimal, parse_hex, take
+from protocol.errors import FormatError, InvalidSignature, UsageError
+from protocol.privacy import Guarantee, NeighbouringRelation, PrivacyUnit
+from protocol.specification import Specification
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+MAGIC = domain_tag("release", 1)
+SIGNATURE_BYTES = 64
+MAX_ENVELOPE_BYTES = 16 << 10
+MAX_ADAPTER_BYTES = 64 << 20
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReference:
+    """Which adapter a release speaks of, and what its privacy guarantee is."""
+
+    digest: bytes  # SHA-256 of the adapter's bytes
+    size_bytes: int
+    guarantee: str = "none"  # "none": trained without differential privacy
+
+    def __post_init__(self) -> None:
+        if len(self.digest) != 32 or not 0 < self.size_bytes <= MAX_ADAPTER_BYTES:
+            raise FormatError(f"adapter: expected a SHA-256 digest and 1 to {MAX_ADAPTER_BYTES} bytes")
+        if self.guarantee != "none":
+            raise FormatError("adapter.guarantee: this version knows 'none' only")
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What people read before they choose."""
+
+    name: str  # unique within its owner, e.g. "notes"
+    summary: str = ""
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise UsageError(
+                f"name: expected 1 to 63 of a-z, 0-9, '.', '_', '-' beginning with a letter or digit, got {len(self.name)} characters"
+            )
+        if max(len(self.summary), len(self.licence)) > 500:
+            raise UsageError("card: expected at most 500 characters a field")
+
+
+@dataclass(frozen=True, eq=False)
+class Release:
+    """One learnware as its owner publishes it."""
+
+    owner: bytes  # Ed25519 public key
+    release_number: int  # position in the owner's chain, from 1
+    previous: bytes  # id of the owner's previous release, empty for the first
+    base_model: bytes  # identity of the base model
+    specification: Specification
+    adapter: AdapterReference | None
+    card: Card
+    simulated: bool  # made with noise that is not secret; a real market refuses it
+
+    @cached_property
+    def body(self) -> bytes:
+        """The release bytes: what is signed, hashed and logged."""
+        specification, adapter = self.specification, self.adapter
+        guarantee = specification.guarantee
+        metadata: dict[str, Any] = {
+            "adapter": {"digest": adapter.digest.hex(), "guarantee": adapter.guarantee, "size_bytes": adapter.size_bytes}
+            if adapter
+            else {},
+            "base_model": self.base_model.hex(),
+            "card": {"licence": self.card.licence, "name": self.card.name, "summary": self.card.summary},
+            "delta": format_decimal(guarantee.delta),
+            "epsilon": format_decimal(guarantee.epsilon),
+            "map_id": specification.map_id.hex(),
+            "noise_variance": specification.noise_variance,
+            "owner": self.owner.hex(),
+            "previous": self.previous.hex(),
+            "relation": str(guarantee.relation),
+            "release_number": self.release_number,
+            "simulated": int(self.simulated),
+            "unit": str(guarantee.unit),
+        }
+        return encode(MAGIC, metadata, specification.noisy_sums.astype("<i4").tobytes())
+
+    @cached_property
+    def release_id(self) -> bytes:
+        """SHA-256 of the release bytes."""
+        return hashlib.sha256(self.body).digest()
+
+    @property
+    def title(self) -> str:
+        """How people call it: name@first digits of the id."""
+        return f"{self.card.name}@{self.release_id.hex()[:8]}"
+
+
+def sign_release(release: Release, owner_key: Ed25519PrivateKey) -> bytes:
+    """Return the envelope of a release: its bytes and the owner's signature."""
+    return release.body + owner_key.sign(release.body)
+
+
+def open_envelope(envelope: bytes) -> Release:
+    """Return the release in an envelope; raise FormatError or InvalidSignature.  No IO."""
+    from cryptography.exceptions import InvalidSignature as BadSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    if not SIGNATURE_BYTES < len(envelope) <= MAX_ENVELOPE_BYTES:
+        raise FormatError(f"envelope: expected {SIGNATURE_BYTES + 1} to {MAX_ENVELOPE_BYTES} bytes, got {len(envelope)}")
+    body, signature = envelope[:-SIGNATURE_BYTES], envelope[-SIGNATURE_BYTES:]
+    release = parse_release(body)
+    try:
+        Ed25519PublicKey.from_public_bytes(release.owner).verify(signature, body)
+    except (BadSignature, ValueError):
+        raise InvalidSignature("release: the owner's signature does not verify") from None
+    return release
+
+
+def parse_release(body: bytes) -> Release:
+    """Return the release of its canonical bytes; raise FormatError for any other encoding."""
+    metadata, payload = decode(MAGIC, body)
+    fields = {
+        "adapter": dict, "base_model": str, "card": dict, "delta": str, "epsilon": str, "map_id": str, "noise_variance": int,
+        "owner": str, "previous": str, "relation": str, "release_number": int, "simulated": int, "unit": str,
+    }  # fmt: skip
+    (adapter, base_model, card, delta, epsilon, map_id, variance, owner, previous, relation, number, simulated, unit) = take(
+        metadata, fields, "release"
+    )
+    if len(payload) % 4 or not 8 <= len(payload) <= 4 * 4097:
+        raise FormatError(f"release: expected 2 to 4097 int32 sums, got {len(payload)} bytes")
+    if not 1 <= number < 1 << 53 or simulated not in (0, 1):
+        raise FormatError("release: release_number or simulated out of range")
+    if (number == 1) != (previous == ""):
+        raise FormatError("release.previous: expected the previous release's id, empty for release 1 only")
+    try:
+        guarantee = Guarantee(
+            parse_decimal(epsilon, "release.epsilon"),
+            parse_decimal(delta, "release.delta"),
+            NeighbouringRelation(relation),
+            PrivacyUnit(unit),
+        )
+        card_value = Card(*take(card, {"name": str, "summary": str, "licence": str}, "release.card"))
+    except (UsageError, ValueError) as error:
+        text = str(error) if isinstance(error, UsageError) else "unknown neighbouring relation or privacy unit"
+        raise FormatError(f"release: {text}") from None
+    reference = None
+    if adapter:
+        digest, size_bytes, promise = take(adapter, {"digest": str, "size_bytes": int, "guarantee": str}, "release.adapter")
+        reference = AdapterReference(parse_hex(digest, 32, "release.adapter.digest"), size_bytes, promise)
+    sums = np.frombuffer(payload, "<i4").astype(np.int32)
+    release = Release(
+        parse_hex(owner, 32, "release.owner"), number, parse_hex(previous, 32 if previous else 0, "release.previous"),
+        parse_hex(base_model, 32, "release.base_model"),
+        Specification(parse_hex(map_id, 32, "release.map_id"), sums, variance, guarantee), reference, card_value, bool(simulated),
+    )  # fmt: skip
+    if release.body != body:  # whatever slipped through above: only the canonical bytes are a release
+        raise FormatError("release: not in canonical form")
+    return release

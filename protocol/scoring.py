@@ -1,0 +1,136 @@
+"""Scores: the noise-aware log-likelihood ratio, its error bar, and the two-sample test that can say no (docs/protocol.md 5).
+
+Everything here is a pure function of public scalars, the querier's own sketch and one inner product a release.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol.catalogue import Catalogue
+from protocol.errors import FormatError
+from protocol.features import FeatureMap, ScoringConstants
+
+# Owner's and user's texts drift apart by more than sampling, and overstating the query size makes the model prefer noisy releases.
+MAX_QUERY_SIZE = 16
+TIE_STDS = 2.0
+
+
+class Verdict(StrEnum):
+    """What a search found."""
+
+    MATCH = "match"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sketch:
+    """A task, reduced to what scoring needs.  Secret: it never leaves the querier in clear."""
+
+    centred_mean: NDArray[np.float64]  # (D,), q - g; the response half is zero for a query of prompts alone
+    covariance: NDArray[np.float64]  # (d, d) over the d coordinates in use
+    size: int  # number of texts
+    views: int  # 2 with responses, 1 without
+
+    @property
+    def norm_squared(self) -> float:
+        """||q - g||^2."""
+        return float(self.centred_mean @ self.centred_mean)
+
+
+def sketch_of(features: NDArray[np.float64], feature_map: FeatureMap, views: int) -> Sketch:
+    """Return the sketch of a task: features (n, D) of its texts, `views` = 2 if every text has a response, else 1."""
+    if not len(features):
+        raise FormatError("query: expected at least one text")
+    used = views * feature_map.view_dimension
+    centred = np.zeros(feature_map.dimension)
+    centred[:used] = features[:, :used].mean(axis=0) - feature_map.task_mean[:used]
+    constants = constants_for(feature_map, views)
+    # With few texts their own covariance is mostly noise: shrink it toward the public one.
+    weight = min(len(features) - 1, MAX_QUERY_SIZE) / MAX_QUERY_SIZE
+    own = np.cov(features[:, :used].T) if weight else np.zeros((used, used))
+    return Sketch(centred, weight * own + (1 - weight) * constants.within * np.eye(used), len(features), views)
+
+
+def constants_for(feature_map: FeatureMap, views: int) -> ScoringConstants:
+    """Return the scoring constants of a query with this many views."""
+    return feature_map.full if views == len(feature_map.views) else feature_map.prompt_only
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """One number a release, in catalogue order."""
+
+    llr: NDArray[np.float64]  # log-likelihood ratio "same task" against "another task", nats
+    std: NDArray[np.float64]  # its standard deviation under the release's known noise
+    distance: NDArray[np.float64]  # d2/sd0: near 0 under "same task" whatever the domain
+
+
+def score(inner_products: NDArray[np.float64], catalogue: Catalogue, sketch: Sketch) -> Scores:
+    """Return the scores of all releases from <q - g, mu_i - g>, (N,).
+
+    Source: isotropic PLDA with known noise a release (Ioffe 2006); the distance is the noise-corrected two-sample statistic.
+    """
+    constants = constants_for(catalogue.feature_map, sketch.views)
+    used = sketch.views * catalogue.feature_map.view_dimension
+    counts, noise = catalogue.counts, catalogue.noise_stds**2
+    norms, own = catalogue.centred_norms_squared(sketch.views), sketch.norm_squared
+    size = min(sketch.size, MAX_QUERY_SIZE)
+
+    shrink = constants.between / (constants.between + constants.within / counts + noise)
+    spread = constants.between * (1 - shrink) + constants.within / size
+    alone = constants.between + constants.within / size
+    residual = np.maximum(own - 2 * shrink * inner_products + shrink**2 * norms, 0.0)
+    llr = -residual / (2 * spread) - used / 2 * np.log(spread / alone) + own / (2 * alone)
+    std = shrink * np.sqrt(noise * residual) / spread
+
+    sampling = 1 / sketch.size + 1 / counts
+    trace, trace_of_square = float(np.trace(sketch.covariance)), float((sketch.covariance**2).sum())
+    d2 = own - 2 * inner_products + norms - used * noise - trace * sampling
+    sd0 = np.sqrt(2 * (sampling**2 * trace_of_square + 2 * sampling * noise * trace + used * noise**2))
+    return Scores(llr, std, d2 / sd0)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One release in a ranking."""
+
+    release_id: bytes
+    rank: int  # from 1
+    llr: float
+    std: float
+    gap_to_next: float  # infinity for the last
+    tie: bool  # the gap is below two standard deviations of the difference
+    distance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """All releases, best first, and whether the best one is a match."""
+
+    matches: tuple[Match, ...]
+    verdict: Verdict
+    threshold: float
+
+
+def rank(scores: Scores, catalogue: Catalogue, sketch: Sketch) -> Ranking:
+    """Return the ranking by LLR with error bars and ties, and the verdict on the best release.
+
+    The verdict is "match" only where the two-sample test does not reject "same task" and the evidence is positive: a release
+    that is all noise is close to everything, but its LLR is about zero.
+    """
+    threshold = constants_for(catalogue.feature_map, sketch.views).threshold
+    order = np.argsort(-scores.llr, kind="stable")
+    ids = catalogue.release_ids
+    matches = []
+    for place, i in enumerate(order):
+        following = order[place + 1] if place + 1 < len(order) else None
+        gap = float(scores.llr[i] - scores.llr[following]) if following is not None else float("inf")
+        tie = following is not None and gap < TIE_STDS * float(np.hypot(scores.std[i], scores.std[following]))
+        matches.append(Match(ids[i], place + 1, float(scores.llr[i]), float(scores.std[i]), gap, tie, float(scores.distance[i])))
+    found = bool(matches) and matches[0].llr > 0 and matches[0].distance <= threshold
+    return Ranking(tuple(matches), Verdict.MATCH if found else Verdict.NONE, threshold)
