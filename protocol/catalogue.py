@@ -1,6 +1,10 @@
 """The catalogue: the public scalars of every release, in one order, bound by one signature (docs/protocol.md 6.2).
 
-A row holds exact integers that anyone can recompute from the release, so a market that publishes a wrong row has signed the proof.
+A row holds exact integers and the card's name, all of which anyone can recompute from the release, so a market that publishes a wrong
+row has signed the proof.  The name is there so that a ranking can be read without fetching a release, which would show the interest.
+
+    row = scalars (dtype ROW) || name in ASCII
+
 Heads chain the rows:  head_0 = 0,  head_k = SHA-256(head_{k-1} || row_k).
 """
 
@@ -17,6 +21,7 @@ from numpy.typing import NDArray
 from protocol.codec import domain_tag
 from protocol.errors import FormatError, IncompatibleSpecification, InvalidSignature
 from protocol.features import CENTRE_SCALE, VIEWS, FeatureMap
+from protocol.release import NAME, Release
 from protocol.specification import COUNT_STEP, FEATURE_SCALE, Specification
 
 if TYPE_CHECKING:
@@ -72,8 +77,9 @@ def extend_head(head: bytes, rows: Iterable[bytes]) -> bytes:
     return head
 
 
-def row_of(release_id: bytes, specification: Specification, feature_map: FeatureMap) -> bytes:
+def row_of(release: Release, feature_map: FeatureMap) -> bytes:
     """Return the catalogue row of a release; raise IncompatibleSpecification for another map, FormatError for sums out of range."""
+    specification = release.specification
     if specification.map_id != feature_map.map_id:
         raise IncompatibleSpecification(f"map: expected {feature_map.map_id.hex()[:16]}, got {specification.map_id.hex()[:16]}")
     if specification.dimension != feature_map.dimension:
@@ -84,13 +90,22 @@ def row_of(release_id: bytes, specification: Specification, feature_map: Feature
     views = [slice(start, start + step) for start in range(0, feature_map.dimension, step)]
     squares = [sum(s * s for s in sums[view]) for view in views]
     products = [sum(g * s for g, s in zip(centre[view], sums[view], strict=True)) for view in views]
-    if max(squares) >= 1 << 63 or max(map(abs, products)) >= 1 << 62 or specification.noise_variance >= 1 << 62:
+    if max(squares) >= 1 << 62 or max(map(abs, products)) >= 1 << 62 or specification.noise_variance >= 1 << 62:
         raise FormatError("specification: sums too large for any data set")
     row = np.zeros((), ROW)
-    row["release_id"] = np.frombuffer(release_id, np.uint8)
+    row["release_id"] = np.frombuffer(release.release_id, np.uint8)
     row["count"], row["noise_variance"] = int(specification.noisy_sums[0]), specification.noise_variance
     row["squares"], row["products"] = squares, products
-    return row.tobytes()
+    return row.tobytes() + release.card.name.encode("ascii")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """The public scalars of N releases that a score is made of."""
+
+    counts: NDArray[np.float64]  # noisy number of privacy units, at least 1
+    noise_stds: NDArray[np.float64]  # of each coordinate of the mean
+    norms_squared: NDArray[np.float64]  # ||mu_i - g||^2 over the views in use
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +114,7 @@ class Catalogue:
 
     feature_map: FeatureMap
     rows: NDArray[np.void]  # (N,), dtype ROW
+    names: tuple[str, ...]
     head: Head
 
     @property
@@ -106,35 +122,27 @@ class Catalogue:
         """Ids in catalogue order."""
         return [bytes(row) for row in self.rows["release_id"]]
 
-    @property
-    def counts(self) -> NDArray[np.float64]:
-        """Noisy number of privacy units of each release, at least 1."""
-        return np.maximum(self.rows["count"] / COUNT_STEP, 1.0)
-
-    @property
-    def noise_stds(self) -> NDArray[np.float64]:
-        """Standard deviation of each coordinate of each mean."""
-        return np.sqrt(self.rows["noise_variance"].astype(np.float64)) / (FEATURE_SCALE * self.counts)
-
-    def centred_norms_squared(self, views: int) -> NDArray[np.float64]:
-        """Return ||mu_i - g||^2 over the first `views` views: (N,)."""
-        scale = FEATURE_SCALE * self.counts
+    def columns(self, views: int) -> Columns:
+        """Return what scoring needs of every release, for a query with this many views."""
+        counts = np.maximum(self.rows["count"] / COUNT_STEP, 1.0)
+        scale = FEATURE_SCALE * counts
         squares = self.rows["squares"][:, :views].astype(np.float64).sum(axis=1)
         products = self.rows["products"][:, :views].astype(np.float64).sum(axis=1)
         centre = self.feature_map.task_mean[: views * self.feature_map.view_dimension]
-        norms: NDArray[np.float64] = squares / scale**2 - 2 * products / (CENTRE_SCALE * scale) + float(centre @ centre)
-        return norms
+        norms = squares / scale**2 - 2 * products / (CENTRE_SCALE * scale) + float(centre @ centre)
+        return Columns(counts, np.sqrt(self.rows["noise_variance"].astype(np.float64)) / scale, norms)
 
 
 def open_rows(feature_map: FeatureMap, known: Sequence[bytes], new: Sequence[bytes], head: Head, market_key: bytes) -> Catalogue:
     """Return the catalogue of `known` followed by `new` rows if the market signed exactly these; raise otherwise.  No IO."""
     verify_head(head, market_key)
     rows = [*known, *new]
-    if any(len(row) != ROW.itemsize for row in new):
-        raise FormatError(f"catalogue row: expected {ROW.itemsize} bytes")
+    if not all(ROW.itemsize < len(row) and NAME.fullmatch(row[ROW.itemsize :].decode("ascii", "replace")) for row in new):
+        raise FormatError(f"catalogue row: expected {ROW.itemsize} bytes of scalars and a name")
     if head.size != len(rows) or extend_head(EMPTY_HEAD, rows) != head.head:
         raise FormatError(f"catalogue: expected {head.size} rows under the signed head, got {len(rows)} that do not give it")
-    return Catalogue(feature_map, np.frombuffer(b"".join(rows), ROW), head)
+    scalars = np.frombuffer(b"".join(row[: ROW.itemsize] for row in rows), ROW)
+    return Catalogue(feature_map, scalars, tuple(row[ROW.itemsize :].decode("ascii") for row in rows), head)
 
 
 def centred_mean(specification: Specification, feature_map: FeatureMap) -> NDArray[np.float64]:

@@ -72,7 +72,7 @@ class FeatureMap:
     centre: NDArray[np.int64]  # (D,), public task mean g in units of 1/CENTRE_SCALE
     full: ScoringConstants
     prompt_only: ScoringConstants
-    fitted_on: str  # how the statistics came about, for people
+    fitted_on: tuple[str, ...]  # names of the public tasks; never used to score the map
 
     @property
     def view_dimension(self) -> int:
@@ -106,7 +106,7 @@ class FeatureMap:
         metadata: dict[str, Any] = {
             "base_model": self.base_model,
             "dimension": self.dimension,
-            "fitted_on": self.fitted_on,
+            "fitted_on": list(self.fitted_on),
             "layer": self.layer,
             "name": self.name,
             "scoring": {"full": _constants_to_text(self.full), "prompt_only": _constants_to_text(self.prompt_only)},
@@ -142,7 +142,7 @@ def load_map(manifest: bytes) -> FeatureMap:
     """Return the feature map of a manifest; raise FormatError unless its bytes are canonical and its numbers usable."""
     metadata, payload = decode(MAGIC, manifest)
     fields = {
-        "base_model": str, "dimension": int, "fitted_on": str, "layer": int, "name": str, "scoring": dict,
+        "base_model": str, "dimension": int, "fitted_on": list, "layer": int, "name": str, "scoring": dict,
         "template": str, "token_limits": list, "width": int,
     }  # fmt: skip
     base_model, dimension, fitted_on, layer, name, scoring, template, limits, width = take(metadata, fields, "map")
@@ -153,6 +153,8 @@ def load_map(manifest: bytes) -> FeatureMap:
         raise FormatError("map: width, dimension or layer out of range")
     if len(limits) != 2 or not all(isinstance(n, int) and 0 < n <= 4096 for n in limits):
         raise FormatError("map.token_limits: expected two positive integers")
+    if not all(isinstance(task, str) for task in fitted_on):
+        raise FormatError("map.fitted_on: expected names of tasks")
     coordinates = dimension // 2
     shapes = [(width,), (width,), (width,), (width, coordinates)] * 2
     expected = 4 * sum(math.prod(shape) for shape in shapes) + 8 * dimension
@@ -172,7 +174,7 @@ def load_map(manifest: bytes) -> FeatureMap:
     full, prompt_only = take(scoring, {"full": dict, "prompt_only": dict}, "map.scoring")
     return FeatureMap(
         name, base_model, layer, (limits[0], limits[1]), views, centre,
-        _constants_from_text(full, "map.scoring.full"), _constants_from_text(prompt_only, "map.scoring.prompt_only"), fitted_on,
+        _constants_from_text(full, "map.scoring.full"), _constants_from_text(prompt_only, "map.scoring.prompt_only"), tuple(fitted_on),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.catalogue import Catalogue
+from protocol.catalogue import Catalogue, Columns
 from protocol.errors import FormatError
 from protocol.features import FeatureMap, ScoringConstants
 
@@ -70,15 +70,15 @@ class Scores:
     distance: NDArray[np.float64]  # d2/sd0: near 0 under "same task" whatever the domain
 
 
-def score(inner_products: NDArray[np.float64], catalogue: Catalogue, sketch: Sketch) -> Scores:
-    """Return the scores of all releases from <q - g, mu_i - g>, (N,).
+def score(inner_products: NDArray[np.float64], columns: Columns, sketch: Sketch, feature_map: FeatureMap) -> Scores:
+    """Return the scores of N releases from <q - g, mu_i - g>, (N,), and their public scalars.
 
     Source: isotropic PLDA with known noise a release (Ioffe 2006); the distance is the noise-corrected two-sample statistic.
     """
-    constants = constants_for(catalogue.feature_map, sketch.views)
-    used = sketch.views * catalogue.feature_map.view_dimension
-    counts, noise = catalogue.counts, catalogue.noise_stds**2
-    norms, own = catalogue.centred_norms_squared(sketch.views), sketch.norm_squared
+    constants = constants_for(feature_map, sketch.views)
+    used = sketch.views * feature_map.view_dimension
+    counts, noise, norms = columns.counts, columns.noise_stds**2, columns.norms_squared
+    own = sketch.norm_squared
     size = min(sketch.size, MAX_QUERY_SIZE)
 
     shrink = constants.between / (constants.between + constants.within / counts + noise)

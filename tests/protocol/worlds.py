@@ -1,0 +1,48 @@
+"""Small synthetic values that several tests build on: a map of width 8 and D = 4, signed releases under it."""
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from protocol.features import FeatureMap, ScoringConstants, View
+from protocol.hazmat.noise import operating_system
+from protocol.privacy import Guarantee
+from protocol.release import AdapterReference, Card, Release, sign_release
+from protocol.specification import estimate, quantise
+
+WIDTH, DIMENSION = 8, 4
+
+
+def small_map(name: str = "small", seed: int = 0) -> FeatureMap:
+    rng = np.random.default_rng(seed)
+
+    def view() -> View:
+        axes = np.linalg.qr(rng.standard_normal((WIDTH, DIMENSION // 2)))[0].astype(np.float32)
+        return View(*(rng.uniform(0.1, 1, WIDTH).astype(np.float32) for _ in range(3)), axes)
+
+    constants = ScoringConstants(between=0.01, within=0.2, threshold=2.5)
+    centre = rng.integers(-50_000, 50_000, DIMENSION)
+    return FeatureMap(name, "ab" * 32, 6, (60, 40), (view(), view()), centre, constants, constants, ("public-a", "public-b"))
+
+
+def features(count: int, seed: int, dimension: int = DIMENSION) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal(dimension) * 2 + rng.standard_normal((count, dimension))
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def release_of(
+    feature_map: FeatureMap, key: Ed25519PrivateKey, *, number: int = 1, seed: int = 0, simulated: bool = False, adapter=None
+) -> Release:
+    specification = estimate(
+        quantise(features(300, seed, feature_map.dimension)), feature_map.map_id, Guarantee(1.0, 1e-6), operating_system()
+    )
+    previous = b"" if number == 1 else bytes(32)
+    base = bytes.fromhex(feature_map.base_model)
+    return Release(key.public_key().public_bytes_raw(), number, previous, base, specification, adapter, Card(f"owner-{seed}"), simulated)
+
+
+def envelope_of(feature_map: FeatureMap, key: Ed25519PrivateKey, **how) -> bytes:
+    return sign_release(release_of(feature_map, key, **how), key)
+
+
+ADAPTER = AdapterReference(bytes(range(32)), 1000)
