@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,12 +29,18 @@ def default_home() -> Path:
     return platformdirs.user_data_path("veilmart")
 
 
-Home = Annotated[Path, typer.Option("--home", envvar="VEILMART_HOME", default_factory=default_home, help="Folder of models, keys, ledger and copies.", show_default="the user's data folder")]  # fmt: skip  # noqa: E501
+HOME_HELP = "Folder of models, keys, ledger and copies."
+Home = Annotated[
+    Path,
+    typer.Option("--home", envvar="VEILMART_HOME", default_factory=default_home, help=HOME_HELP, show_default="the user's data folder"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print ids only, no progress.")]
 Base = Annotated[Path | None, typer.Option("--base", help="Directory of the base model.", show_default="the imported one")]
 MarketAddress = Annotated[str, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")]
+MaybeMarket = Annotated[str | None, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")]
 Authority = Annotated[Path, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority (ca.crt).")]
+MaybeAuthority = Annotated[Path | None, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority (ca.crt).")]
 EpsilonAdapter = Annotated[str, typer.Option("--epsilon-adapter", help="Epsilon of the adapter; only 'none' so far: no guarantee.")]
 
 
@@ -64,7 +71,9 @@ def model_import(
     directory = import_model(home / "models", gguf)
     identity = model_id(directory)
     if not quiet:
-        _print({"schema": "veilmart.model/1", "directory": str(directory), "model_id": identity}, as_json, [f"{identity[:16]}  {directory}"])
+        _print(
+            {"schema": "veilmart.model/1", "directory": str(directory), "model_id": identity}, as_json, [f"{identity[:16]}  {directory}"]
+        )
 
 
 def map_fit(
@@ -116,8 +125,8 @@ def map_show(
 def node_publish(
     home: Home,
     data: Annotated[Path, typer.Option("--data", help="Your records: JSONL with prompt and response, or text.")],
-    market: Annotated[str | None, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")] = None,
-    ca: Annotated[Path | None, typer.Option("--ca", envvar="VEILMART_CA", help="The market's ca.crt.")] = None,
+    market: MaybeMarket = None,
+    ca: MaybeAuthority = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the learnware.", show_default="the data file's name")] = None,
     summary: Annotated[str, typer.Option("--summary", help="One public line on what it is good at.")] = "",
     licence: Annotated[str, typer.Option("--licence", help="Licence of the adapter.")] = "",
@@ -160,7 +169,8 @@ def node_publish(
         _show_plan(plan, order.guarantee, card, as_json)
         plan.price.require()
         return
-    assert market is not None and ca is not None
+    assert market is not None
+    assert ca is not None
     with MarketClient(market, ca, home) as client:
         client.describe()  # before anything is trained or charged: is the market there, and is it the right one?
         envelope = guard.release(order)
@@ -245,11 +255,14 @@ def find(
         rows = []
         for match in shown:
             gap = "-" if match.rank == len(found.ranking.matches) else f"{match.gap_to_next:.1f} {'a tie' if match.tie else 'clear'}"
-            rows.append([str(match.rank), found.name_of(match.release_id), f"{match.llr:.1f}", f"{match.std:.1f}", gap, f"{match.distance:.2f}"])
+            name = found.name_of(match.release_id)
+            rows.append([str(match.rank), name, f"{match.llr:.1f}", f"{match.std:.1f}", gap, f"{match.distance:.2f}"])
         console.print_table(["#", "learnware", "score", "± noise", "gap to next", "distance"], rows)
         if explain:
-            console.say(f"mirror: {price['mirror']} bytes for all specifications; encrypted: {price['encrypted']} bytes (catalogue included)")
-            console.say(f"cheaper here: {'mirror' if price['mirror'] <= price['encrypted'] else 'encrypted'}; a local copy is synced incrementally")
+            cheaper = "mirror" if price["mirror"] <= price["encrypted"] else "encrypted"
+            console.say(
+                f"bytes from nothing: mirror {price['mirror']}, encrypted {price['encrypted']} with the catalogue; cheaper: {cheaper}"
+            )
             seen = "that somebody fetched the catalogue" if mirror else "one ciphertext, its size, the time"
             console.say(f"the market saw: {seen}.  It did not see your text, your sketch or these scores.")
         if matched and shown:
@@ -299,8 +312,8 @@ def ask(
     home: Home,
     text: Annotated[str, typer.Argument(help="What to ask; '-' reads it from standard input.")],
     learnware: Annotated[str, typer.Option("-m", "--learnware", help="NAME@HEX as `find` prints it, or the id.")],
-    market: Annotated[str | None, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Only needed if not pulled yet.")] = None,
-    ca: Annotated[Path | None, typer.Option("--ca", envvar="VEILMART_CA", help="The market's ca.crt.")] = None,
+    market: MaybeMarket = None,
+    ca: MaybeAuthority = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answer beside it.")] = False,
     tokens: Annotated[int, typer.Option("--tokens", min=1, max=2048, help="Longest answer.")] = 64,
     base: Base = None,
@@ -359,6 +372,7 @@ def sim(
     Example: veilmart sim --data DIR --no-train --records 200 --repeats 5 --json
     """
     from nodes import console
+    from nodes.report import print_result
     from nodes.simulate import Settings, new_run_folder, simulate
     from protocol.features import default_map
 
@@ -372,10 +386,8 @@ def sim(
     progress.close()
     if as_json:
         console.print_json(result)
-        return
-    from nodes.demo import print_result
-
-    print_result(result, settings.out)
+    else:
+        print_result(result, settings.out)
 
 
 def demo(
@@ -457,15 +469,18 @@ def _show_plan(plan: Any, guarantee: Any, card: Any, as_json: bool) -> None:
     strength = plan.records * guarantee.epsilon
     result = {
         "schema": "veilmart.plan/1", "name": card.name, "records": plan.records, "epsilon": guarantee.epsilon, "delta": guarantee.delta,
-        "noise_std": plan.noise_std, "payload": f"<{plan.integers} integers, not drawn>", "adapter_guarantee": "none" if plan.trains_adapter else None,
+        "noise_std": plan.noise_std, "payload": f"<{plan.integers} integers, not drawn>",
+        "adapter_guarantee": "none" if plan.trains_adapter else None,
         "asked": price.asked, "spent": price.spent, "total": price.total, "budget": price.limit, "n_times_epsilon": strength,
     }  # fmt: skip
     advice = "ranks nearly as without noise" if strength >= 100 else "few records for this epsilon: matches will be uncertain"
+    specification = f"epsilon {guarantee.epsilon:g} at delta {guarantee.delta:g}, unit record; noise {plan.noise_std:,.0f} a coordinate"
+    adapter = "trained without differential privacy: guarantee none, total unbounded" if plan.trains_adapter else "none"
     lines = [
         f"records        {plan.records}   (stays here)",
-        f"specification  epsilon {guarantee.epsilon:g} at delta {guarantee.delta:g}, unit record; noise {plan.noise_std:,.0f} a coordinate",
+        f"specification  {specification}",
         f"what leaves    <{plan.integers} integers, not drawn>, your public key, the card, signed: under 1.5 kB",
-        "adapter        trained without differential privacy: guarantee none, total unbounded" if plan.trains_adapter else "adapter        none",
+        f"adapter        {adapter}",
         f"budget         spent {price.spent:.2f} + asked {price.asked:.2f} = {price.total:.2f} of {price.limit:.2f}",
         f"n x epsilon    {strength:.0f}: {advice}",
         "nothing was drawn, sent or spent",
@@ -483,11 +498,12 @@ def register(app: typer.Typer) -> None:
     app.command("find")(find)
     app.command("pull")(pull)
     app.command("ask")(ask)
-    for name, help_text, commands in (
+    groups: tuple[tuple[str, str, dict[str, Callable[..., None]]], ...] = (
         ("node", "Publish from your own data.", {"publish": node_publish}),
         ("model", "Base models.", {"import": model_import}),
         ("map", "Feature maps.", {"fit": map_fit, "show": map_show}),
-    ):
+    )
+    for name, help_text, commands in groups:
         group = typer.Typer(help=help_text, no_args_is_help=True)
         group.callback()(_group)
         for command, function in commands.items():
@@ -508,7 +524,8 @@ def _print_version(wanted: bool) -> None:
 def build() -> typer.Typer:
     """Return the program with the commands of every side that is installed."""
     app = typer.Typer(
-        name="veilmart", help="A private market of specialised small language models.", no_args_is_help=True, pretty_exceptions_enable=False,
+        name="veilmart", help="A private market of specialised small language models.",
+        no_args_is_help=True, pretty_exceptions_enable=False,  # pretty tracebacks print local variables: private records
         context_settings={"help_option_names": ["-h", "--help"]}, suggest_commands=False,
     )  # fmt: skip
 
@@ -549,7 +566,7 @@ def main() -> None:
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:  # noqa: BLE001 - its text may hold private records, so only its type is shown
+    except Exception as error:  # its text may hold private records, so only its type is shown
         if debug:
             raise
         print_error(VeilmartError(f"unexpected {type(error).__name__}", hint="--debug shows where"), as_json)

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nodes.console import print_lines, print_table
+from nodes.console import print_lines
 from nodes.demo_texts import demo_tasks, generate
 from nodes.guard import Progress, ignore_progress
+from nodes.report import print_table_of_tasks
 from nodes.simulate import NO_GUARANTEE, Settings, adapter_path, simulate
 from protocol.features import FeatureMap
 
@@ -62,26 +63,9 @@ def run_demo(home: Path, model: BaseModel, feature_map: FeatureMap, on_progress:
     return {**result, "schema": "veilmart.demo/1", "answer": answer, "run": str(settings.out)}
 
 
-def print_result(result: Mapping[str, Any], out: Path) -> None:
-    """Print a simulation's result for people."""
-    _print_table_of_tasks(result)
-    bytes_sent, bytes_received = result["bytes"]["sent"], result["bytes"]["received"]
-    abstained = {kind: share for kind, share in result["abstained"].items() if share is not None}
-    lines = [
-        f"right owner first: {_percent(result['top1'])}, among the first three: {_percent(result['top3'])} of {len(result['queries'])} queries",
-        "no match reported: " + ", ".join(f"{kind} {_percent(share)}" for kind, share in abstained.items()),
-        f"adapter guarantee: {result['adapter_guarantee']}",
-        f"left out (the map was fitted on them): {', '.join(result['public_tasks_left_out']) or 'none'}",
-        f"CPU seconds: {', '.join(f'{stage} {seconds}' for stage, seconds in result['cpu_seconds'].items())}",
-        f"bytes sent: {_counts(bytes_sent)}; received: {_counts(bytes_received)}",
-        f"wall {result['wall_seconds']} s, run folder {out}",
-    ]
-    print_lines(*lines)
-
-
 def print_demo(result: Mapping[str, Any]) -> None:
     """Print the demo's table, and the two answers side by side."""
-    _print_table_of_tasks(result)
+    print_table_of_tasks(result)
     answer = result["answer"]
     server = result["server_cpu_ms_per_query"]
     lines = [
@@ -96,26 +80,3 @@ def print_demo(result: Mapping[str, Any]) -> None:
         f"wall {result['wall_seconds']} s; everything is under {result['run']}",
     ]
     print_lines(*lines)
-
-
-def _print_table_of_tasks(result: Mapping[str, Any]) -> None:
-    owners = {owner["task"]: owner for owner in result["owners"]}
-    first: dict[str, Any] = {}
-    for query in result["queries"]:
-        first.setdefault(query["task"], query)
-    rows = []
-    for task, query in first.items():
-        loss, owner = result["losses"].get(task), owners[query["chosen"]]
-        losses = [f"{loss[name]:.2f}" for name in ("base", "chosen", "oracle")] if loss else ["-", "-", "-"]
-        epsilon_adapter = owner["epsilon_adapter"] or "-"
-        rows.append([task, query["chosen"], f"{query['llr']:.1f} ± {query['std']:.1f}", *losses, f"{owner['epsilon_spec']:g}", epsilon_adapter])
-    columns = ["task", "chosen learnware", "score", "loss base", "chosen", "best possible", "epsilon specification", "epsilon adapter"]
-    print_table(columns, rows)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
-
-
-def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{kind} {count}" for kind, count in counts.items()) or "none"

@@ -190,7 +190,9 @@ def plan_tasks(settings: Settings, feature_map: FeatureMap) -> tuple[list[str], 
     """Return the owners' tasks and the public tasks that were left out."""
     if not settings.data.is_dir():
         raise UsageError(f"{settings.data}: no such folder", hint="--data expects a folder of TASK/train.jsonl and TASK/test.jsonl")
-    present = sorted(folder.name for folder in settings.data.iterdir() if (folder / "train.jsonl").is_file() and (folder / "test.jsonl").is_file())
+    present = sorted(
+        folder.name for folder in settings.data.iterdir() if (folder / "train.jsonl").is_file() and (folder / "test.jsonl").is_file()
+    )
     missing = [task for task in (*settings.tasks, *settings.unseen) if task not in present]
     if missing:
         raise UsageError(f"tasks: {', '.join(missing)} not in {settings.data}", hint=f"there are: {', '.join(present) or 'none'}")
@@ -239,9 +241,7 @@ def simulate(settings: Settings, model: BaseModel, feature_map: FeatureMap, on_p
     return _result(settings, owners, left_out, learnwares, queries, losses, meter, sent, received, time.monotonic() - started, feature_map)
 
 
-def _pool(
-    settings: Settings, task: str, model: BaseModel, feature_map: FeatureMap, done: int, total: int, on_progress: Progress
-) -> Pool:
+def _pool(settings: Settings, task: str, model: BaseModel, feature_map: FeatureMap, done: int, total: int, on_progress: Progress) -> Pool:
     on_progress("embed queries", done, total)
     records = read_records(settings.data / task / "test.jsonl", settings.query_pool)
     return Pool(task, records, feature_map(model.embed_batched(records)), views_of(records))
@@ -362,7 +362,12 @@ def _described(found: Found, task: str, published: list[Learnware]) -> dict[str,
 
 
 def _losses(
-    settings: Settings, asked: list[str], model: BaseModel, learnwares: list[Learnware], queries: list[dict[str, Any]], on_progress: Progress
+    settings: Settings,
+    asked: list[str],
+    model: BaseModel,
+    learnwares: list[Learnware],
+    queries: list[dict[str, Any]],
+    on_progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     """Return nats per response token on each task's test records: base, chosen, oracle (lowest), random (mean over owners)."""
     from nodes.adapter import Adapter

@@ -1,0 +1,70 @@
+"""Encrypted matching: the index of the current catalogue, and answers computed on ciphertext alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from market_node.store import Store
+from protocol.catalogue import centred_mean
+from protocol.errors import StaleCatalogue
+from protocol.features import FeatureMap
+from protocol.release import open_envelope
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from protocol.evaluation import EncodedIndex
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Encrypted scores, and the CPU time they took."""
+
+    data: bytes
+    cpu_ns: int
+
+
+class Matcher:
+    """Answers encrypted queries against the newest catalogue; thread-safe.  It never holds a secret of a query."""
+
+    def __init__(self, store: Store, feature_map: FeatureMap) -> None:
+        self._store, self._map = store, feature_map
+        self._lock = threading.Lock()
+        self._rows: NDArray[np.float64] = np.zeros((0, feature_map.dimension))
+        self._index: EncodedIndex | None = None
+        self._head: tuple[int, bytes] = (0, b"")
+
+    def answer(self, size: int, head: bytes, query: bytes) -> Answer:
+        """Return the encrypted scores of all releases of the catalogue at (size, head).
+
+        Raises StaleCatalogue for another state of the catalogue, FormatError for bytes that are no query.
+        """
+        from protocol.encryption import EncryptedQuery
+        from protocol.evaluation import evaluate
+
+        index = self._current(size, head)
+        started = time.thread_time_ns()
+        scores = evaluate(index, EncryptedQuery.from_bytes(query, index.plan))
+        return Answer(scores.to_bytes(), time.thread_time_ns() - started)
+
+    def _current(self, size: int, head: bytes) -> EncodedIndex:
+        from protocol.encryption import MatchPlan
+        from protocol.evaluation import EncodedIndex
+
+        with self._lock:
+            newest = self._store.head()
+            if (size, head) != newest or not size:
+                raise StaleCatalogue(f"catalogue: the query was made for {size} releases, there are {newest[0]}", hint="sync and ask again")
+            if self._head != newest or self._index is None:
+                known = len(self._rows)
+                envelopes = self._store.catalogue(known, size, rows=False)
+                new = [centred_mean(open_envelope(envelope).specification, self._map) for envelope in envelopes]
+                self._rows = np.concatenate([self._rows, np.array(new).reshape(-1, self._map.dimension)])
+                self._index = EncodedIndex.build(self._rows, MatchPlan.build(size, self._map.dimension), self._index)
+                self._head = newest
+            return self._index

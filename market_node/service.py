@@ -1,0 +1,228 @@
+"""The market's gRPC service: checks what comes in, calls one function, answers.  The only table from errors to statuses is here."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import grpc
+
+from market_node.matcher import Matcher
+from market_node.store import AdapterUpload, Store, read_chunks
+from protocol import errors
+from protocol.catalogue import row_of, sign_head
+from protocol.channel import CHUNK_BYTES, CODE_KEY
+from protocol.encryption import PROFILE, QUERY_BYTES
+from protocol.errors import FormatError, IncompatibleSpecification, QuotaExceeded, UsageError, VeilmartError
+from protocol.features import FeatureMap
+from protocol.release import open_envelope
+from protocol.wire import market_pb2 as pb
+from protocol.wire.market_pb2_grpc import MarketServicer
+
+log = logging.getLogger("veilmart.market")
+
+# error -> status; a subclass comes before its parent
+STATUSES: tuple[tuple[type[VeilmartError], grpc.StatusCode], ...] = (
+    (errors.StaleCatalogue, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.IncompatibleSpecification, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.FormatError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.InvalidSignature, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.InvalidAdapter, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.UsageError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.FeatureNormError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.Unauthorised, grpc.StatusCode.PERMISSION_DENIED),
+    (errors.QuotaExceeded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.NotFound, grpc.StatusCode.NOT_FOUND),
+    (errors.AlreadyPublished, grpc.StatusCode.ALREADY_EXISTS),
+)
+UPLOAD_S = 30.0  # a query must have arrived by then
+ADAPTER_S = 120.0
+QUERIES_AT_ONCE = 32  # bodies held in memory; more are refused, not queued
+UPLOADS_AT_ONCE = 8
+ENTRIES_A_CHUNK = 256
+
+Answer = TypeVar("Answer")
+
+
+async def refuse(context: grpc.aio.ServicerContext, error: Exception) -> None:
+    """End the call with the error's status; what was not raised on purpose becomes INTERNAL with an incident id and nothing else."""
+    for kind, status in STATUSES:
+        if isinstance(error, kind):
+            hint = f" ({error.hint})" if isinstance(error, VeilmartError) and error.hint else ""
+            await context.abort(status, f"{error}{hint}", trailing_metadata=((CODE_KEY, kind.code),))
+    if isinstance(error, TimeoutError):
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the request did not arrive in time")
+    incident = secrets.token_hex(8)
+    log.error("internal incident=%s kind=%s", incident, type(error).__name__, exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, f"internal error, incident {incident}")
+
+
+def answering(handler: Callable[..., Awaitable[Answer]]) -> Callable[..., Awaitable[Answer]]:
+    """Return a unary-response handler whose errors follow the table."""
+
+    @functools.wraps(handler)
+    async def run(self: MarketService, request: Any, context: grpc.aio.ServicerContext) -> Answer:
+        try:
+            return await handler(self, request, context)
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            await refuse(context, error)
+            raise  # not reached: abort raises
+
+    return run
+
+
+def streaming(handler: Callable[..., AsyncIterator[Answer]]) -> Callable[..., AsyncIterator[Answer]]:
+    """Return a stream-response handler whose errors follow the table."""
+
+    @functools.wraps(handler)
+    async def run(self: MarketService, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Answer]:
+        try:
+            async for message in handler(self, request, context):
+                yield message
+        except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:  # noqa: BLE001 - refuse() always ends the call by raising
+            await refuse(context, error)
+
+    return run
+
+
+class MarketService(MarketServicer):
+    """One market over one store and one feature map."""
+
+    def __init__(self, store: Store, feature_map: FeatureMap, market_key: Any, *, simulation: bool) -> None:
+        self._store, self._map, self._key, self._simulation = store, feature_map, market_key, simulation
+        self._public = market_key.public_key().public_bytes_raw()
+        self._matcher = Matcher(store, feature_map)
+        # One thread writes and reads the store; one evaluates.  The event loop never waits for disk or arithmetic.
+        self._storing = ThreadPoolExecutor(1, "store")
+        self._matching = ThreadPoolExecutor(1, "match")
+        self._queries = asyncio.Semaphore(QUERIES_AT_ONCE)
+        self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._matching.shutdown(cancel_futures=True)
+        self._storing.shutdown()
+
+    async def _store_call(self, function: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
+        return await asyncio.get_running_loop().run_in_executor(self._storing, functools.partial(function, *args, **kwargs))
+
+    def _signed(self, size: int, head: bytes) -> pb.SignedHead:
+        signed = sign_head(size, head, self._key)
+        return pb.SignedHead(size=signed.size, head=signed.head, signature=signed.signature)
+
+    @answering
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.MarketDescription:
+        """Say who the market is."""
+        del request, context
+        size, head = await self._store_call(self._store.head)
+        return pb.MarketDescription(
+            market_key=self._public, map_ids=[self._map.map_id], simulation=self._simulation, head=self._signed(size, head)
+        )
+
+    @answering
+    async def Publish(self, request: pb.PublishRequest, context: Any) -> pb.Receipt:
+        """Store a signed release."""
+        del context
+        release = open_envelope(request.envelope)
+        if release.simulated and not self._simulation:
+            raise UsageError("release: made with simulated noise, which protects nobody; this market is no simulation")
+        if release.base_model.hex() != self._map.base_model:
+            raise IncompatibleSpecification(f"base model: expected {self._map.base_model[:16]}, got {release.base_model.hex()[:16]}")
+        row = row_of(release, self._map)
+        stored = await self._store_call(self._store.append, release, bytes(request.envelope), row)
+        log.info("published release=%s position=%d size_bytes=%d", release.release_id.hex()[:16], stored.position, len(request.envelope))
+        return pb.Receipt(release_id=release.release_id, index=stored.position, head=self._signed(stored.size, stored.head))
+
+    @answering
+    async def GetRelease(self, request: pb.ReleaseRequest, context: Any) -> pb.Release:
+        """Answer one release."""
+        del context
+        return pb.Release(envelope=await self._store_call(self._store.envelope, bytes(request.release_id)))
+
+    @streaming
+    async def SyncCatalogue(self, request: pb.SyncRequest, context: Any) -> AsyncIterator[pb.CatalogueChunk]:
+        """Answer the catalogue from a position on, up to one signed head."""
+        del context
+        size, head = await self._store_call(self._store.head)
+        rows = request.form == pb.CATALOGUE_FORM_ROWS
+        for start in range(request.from_index, size, ENTRIES_A_CHUNK):
+            stop = min(start + ENTRIES_A_CHUNK, size)
+            yield pb.CatalogueChunk(entries=await self._store_call(self._store.catalogue, start, stop, rows=rows))
+        yield pb.CatalogueChunk(head=self._signed(size, head))
+
+    @answering
+    async def UploadAdapter(self, request: AsyncIterator[pb.AdapterChunk], context: Any) -> pb.AdapterStored:
+        """Receive an adapter."""
+        del context
+        if self._uploads.locked():
+            raise QuotaExceeded("adapters: too many uploads at once", hint="try again in a few seconds")
+        async with self._uploads, asyncio.timeout(ADAPTER_S):
+            upload: AdapterUpload | None = None
+            try:
+                async for chunk in request:
+                    if len(chunk.data) > CHUNK_BYTES:
+                        raise FormatError(f"adapter: expected chunks of at most {CHUNK_BYTES} bytes, got {len(chunk.data)}")
+                    if upload is None:
+                        upload = self._store.receive_adapter(bytes(chunk.digest), chunk.size_bytes)
+                        digest = bytes(chunk.digest)
+                    await asyncio.to_thread(upload.write, chunk.data)
+                if upload is None:
+                    raise FormatError("adapter: expected at least one chunk")
+                await asyncio.to_thread(upload.finish)
+            finally:
+                if upload is not None:
+                    upload.close()
+        log.info("adapter stored digest=%s", digest.hex()[:16])
+        return pb.AdapterStored(digest=digest)
+
+    @streaming
+    async def DownloadAdapter(self, request: pb.AdapterRequest, context: Any) -> AsyncIterator[pb.AdapterChunk]:
+        """Send an adapter."""
+        del context
+        chunks = read_chunks(self._store.adapter_file(bytes(request.digest)), CHUNK_BYTES)
+        while (data := await asyncio.to_thread(next, chunks, None)) is not None:
+            yield pb.AdapterChunk(data=data)
+
+    @streaming
+    async def Match(self, request: AsyncIterator[pb.MatchChunk], context: Any) -> AsyncIterator[pb.ScoresChunk]:
+        """Answer an encrypted query."""
+        del context
+        if self._queries.locked():
+            raise QuotaExceeded("queries: too many at once", hint="try again in a second")
+        async with self._queries:
+            first, query = await self._receive_query(request)
+            loop = asyncio.get_running_loop()
+            work = functools.partial(self._matcher.answer, first.catalogue_size, bytes(first.catalogue_head), query)
+            answer = await loop.run_in_executor(self._matching, work)
+        for start in range(0, len(answer.data), CHUNK_BYTES):
+            yield pb.ScoresChunk(data=answer.data[start : start + CHUNK_BYTES], server_cpu_ns=answer.cpu_ns)
+
+    async def _receive_query(self, chunks: AsyncIterator[pb.MatchChunk]) -> tuple[pb.MatchChunk, bytes]:
+        first: pb.MatchChunk | None = None
+        data = bytearray()
+        async with asyncio.timeout(UPLOAD_S):
+            async for chunk in chunks:
+                if first is None:
+                    first = chunk
+                    self._check_query_header(chunk)
+                data += chunk.data
+                if len(chunk.data) > CHUNK_BYTES or len(data) > QUERY_BYTES:
+                    raise FormatError(f"query: expected {QUERY_BYTES} bytes in chunks of at most {CHUNK_BYTES}, got more")
+        if first is None or len(data) != QUERY_BYTES:
+            raise FormatError(f"query: expected {QUERY_BYTES} bytes, got {len(data)}")
+        return first, bytes(data)
+
+    def _check_query_header(self, first: pb.MatchChunk) -> None:
+        if first.profile != PROFILE:
+            raise IncompatibleSpecification(f"profile: this market evaluates {PROFILE}")
+        if first.map_id != self._map.map_id:
+            raise IncompatibleSpecification(f"map: expected {self._map.map_id.hex()[:16]}, got {bytes(first.map_id).hex()[:16]}")

@@ -1,0 +1,179 @@
+"""The market's store: releases in a database, adapters as content-addressed files.  Acknowledged means committed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Column, Engine, Integer, LargeBinary, MetaData, Table, UniqueConstraint, create_engine, event, insert, select
+
+from protocol.catalogue import EMPTY_HEAD, extend_head
+from protocol.errors import AlreadyPublished, FormatError, InvalidAdapter, NotFound
+from protocol.release import MAX_ADAPTER_BYTES, Release
+
+METADATA = MetaData()
+RELEASES = Table(
+    "release",
+    METADATA,
+    Column("position", Integer, primary_key=True, autoincrement=False),  # from 0, without gaps
+    Column("release_id", LargeBinary(32), nullable=False, unique=True),
+    Column("owner", LargeBinary(32), nullable=False),
+    Column("release_number", Integer, nullable=False),
+    Column("envelope", LargeBinary, nullable=False),
+    Column("row", LargeBinary, nullable=False),
+    Column("head", LargeBinary(32), nullable=False),  # of the catalogue up to and with this row
+    UniqueConstraint("owner", "release_number"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a release lies, and the catalogue's state that includes it."""
+
+    position: int
+    size: int
+    head: bytes
+
+
+class Store:
+    """All that a market keeps.  One writer; readers at any time."""
+
+    def __init__(self, engine: Engine, adapters: Path) -> None:
+        self._engine, self._adapters = engine, adapters
+
+    @classmethod
+    def open(cls, home: Path) -> Store:
+        """Return the store in a folder, made if it is not there."""
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        adapters = home / "adapters"
+        adapters.mkdir(exist_ok=True, mode=0o700)
+        for half_written in adapters.glob(".upload-*"):  # a killed process leaves these; nothing was acknowledged for them
+            half_written.unlink()
+        engine = create_engine(f"sqlite:///{home / 'market.db'}")
+        event.listen(engine, "connect", _configure)
+        # SQLite's driver begins transactions too late for a read followed by a write; begin them ourselves, as writers.
+        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        METADATA.create_all(engine)
+        return cls(engine, adapters)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    def append(self, release: Release, envelope: bytes, row: bytes) -> Stored:
+        """Return where the release lies, in one transaction; the same bytes again change nothing.
+
+        Raises AlreadyPublished if the owner published other bytes under this release number.
+        """
+        with self._engine.begin() as db:
+            size, head = _head(db)
+            known = db.execute(select(RELEASES.c.position).where(RELEASES.c.release_id == release.release_id)).first()
+            if known:
+                return Stored(known.position, size, head)
+            number = db.execute(
+                select(RELEASES.c.position).where(RELEASES.c.owner == release.owner, RELEASES.c.release_number == release.release_number)
+            ).first()
+            if number:
+                raise AlreadyPublished(f"release {release.release_number} of this owner is published with other bytes")
+            head = extend_head(head, [row])
+            values = {
+                "position": size, "release_id": release.release_id, "owner": release.owner, "release_number": release.release_number,
+                "envelope": envelope, "row": row, "head": head,
+            }  # fmt: skip
+            db.execute(insert(RELEASES).values(values))
+        return Stored(size, size + 1, head)
+
+    def head(self) -> tuple[int, bytes]:
+        """Return size and head of the catalogue."""
+        with self._engine.connect() as db:
+            return _head(db)
+
+    def envelope(self, release_id: bytes) -> bytes:
+        """Return the envelope of a release; raise NotFound."""
+        with self._engine.connect() as db:
+            found = db.execute(select(RELEASES.c.envelope).where(RELEASES.c.release_id == release_id)).first()
+        if not found:
+            raise NotFound(f"release {release_id.hex()[:16]}: not here")
+        return bytes(found.envelope)
+
+    def catalogue(self, start: int, stop: int, *, rows: bool) -> list[bytes]:
+        """Return rows or envelopes of the positions [start, stop) in order."""
+        column = RELEASES.c.row if rows else RELEASES.c.envelope
+        query = select(column).where(RELEASES.c.position >= start, RELEASES.c.position < stop).order_by(RELEASES.c.position)
+        with self._engine.connect() as db:
+            return [bytes(value) for (value,) in db.execute(query)]
+
+    def adapter_file(self, digest: bytes) -> Path:
+        """Return the file of an adapter; raise NotFound."""
+        path = self._adapters / digest.hex()
+        if len(digest) != 32 or not path.is_file():
+            raise NotFound(
+                f"adapter {digest.hex()[:16]}: not here", hint="its owner published the specification alone, or has not uploaded it"
+            )
+        return path
+
+    def receive_adapter(self, digest: bytes, size_bytes: int) -> AdapterUpload:
+        """Return an upload to write to; raise FormatError for a digest or size out of range."""
+        if len(digest) != 32 or not 0 < size_bytes <= MAX_ADAPTER_BYTES:
+            raise FormatError(f"adapter: expected a SHA-256 digest and 1 to {MAX_ADAPTER_BYTES} bytes")
+        return AdapterUpload(self._adapters, digest, size_bytes)
+
+
+class AdapterUpload:
+    """An adapter on its way in: written beside the others, renamed among them only when size and digest are right."""
+
+    def __init__(self, folder: Path, digest: bytes, size_bytes: int) -> None:
+        self._folder, self._digest, self._size = folder, digest, size_bytes
+        self._temporary = folder / f".upload-{secrets.token_hex(8)}"
+        self._file = open(os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")  # noqa: SIM115 - closed in close()
+        self._hash, self._written = hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> None:
+        """Append a chunk; raise InvalidAdapter beyond the announced size."""
+        self._written += len(data)
+        if self._written > self._size:
+            raise InvalidAdapter(f"adapter: expected {self._size} bytes, got more")
+        self._hash.update(data)
+        self._file.write(data)
+
+    def finish(self) -> None:
+        """Keep the adapter; raise InvalidAdapter unless exactly the announced bytes came."""
+        if self._written != self._size or self._hash.digest() != self._digest:
+            raise InvalidAdapter("adapter: size or digest is not what was announced")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        os.replace(self._temporary, self._folder / self._digest.hex())
+        folder = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def close(self) -> None:
+        """Drop what was not finished."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def read_chunks(path: Path, size: int) -> Iterator[bytes]:
+    """Return the file's content in chunks."""
+    with path.open("rb") as file:
+        while chunk := file.read(size):
+            yield chunk
+
+
+def _configure(connection: Any, record: object) -> None:
+    del record
+    connection.isolation_level = None  # transactions are ours, see "begin" above
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _head(db: Any) -> tuple[int, bytes]:
+    last = db.execute(select(RELEASES.c.position, RELEASES.c.head).order_by(RELEASES.c.position.desc()).limit(1)).first()
+    return (last.position + 1, bytes(last.head)) if last else (0, EMPTY_HEAD)

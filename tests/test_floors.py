@@ -1,0 +1,85 @@
+"""Who may import whom.  Static imports are read from the source; what a process really loads is asked of a fresh one."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STANDARD = set(sys.stdlib_module_names)
+ALLOWED = {
+    "protocol": {"protocol", "numpy", "cryptography", "grpc", "google", "rfc8785", "numba", "tenseal", "zstandard"},
+    "nodes": {
+        "nodes", "protocol", "numpy", "cryptography", "grpc", "typer", "click", "rich", "platformdirs",
+        "torch", "transformers", "tokenizers", "peft", "gguf", "safetensors", "flwr", "opacus",
+    },
+    "market_node": {"market_node", "protocol", "numpy", "cryptography", "grpc", "sqlalchemy", "typer", "platformdirs", "flwr"},
+}  # fmt: skip
+# flwr is touched by one module a side, and by the grid.
+FLOWER = {"nodes/flower.py", "nodes/grid.py", "market_node/flower.py"}
+SLOW_TO_LOAD = ("torch", "transformers", "opacus", "flwr", "tenseal", "numba", "numpy", "grpc", "sqlalchemy", "peft")
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_a_package_imports_only_what_its_floor_allows(package):
+    for path in sources(package):
+        beyond = imports(path) - STANDARD - ALLOWED[package]
+        assert not beyond, f"{path.relative_to(ROOT)} imports {beyond}"
+
+
+def test_a_forbidden_import_would_be_seen(tmp_path):
+    (tmp_path / "x.py").write_text("def f():\n    import torch.nn\n    from market_node import store\n")
+    assert imports(tmp_path / "x.py") == {"torch", "market_node"}
+
+
+def test_flwr_stays_in_its_adapters():
+    touching = {str(path.relative_to(ROOT)) for package in ALLOWED for path in sources(package) if "flwr" in imports(path)}
+    assert touching <= FLOWER
+
+
+def loaded_by(code: str) -> set[str]:
+    program = f"import sys\n{code}\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    return set(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_building_the_command_line_loads_nothing_heavy():
+    loaded = loaded_by("from nodes.command import build; build()")
+    assert not loaded & set(SLOW_TO_LOAD)
+
+
+def test_the_market_process_never_loads_a_model_or_a_querys_secrets():
+    names = ("service", "server", "store", "matcher", "identity")
+    loaded = loaded_by("\n".join(f"import market_node.{name}" for name in names) + "\nimport protocol.evaluation, protocol.encryption")
+    assert not loaded & {"torch", "transformers", "opacus", "tenseal", "nodes", "flwr"}
+
+
+def test_importing_the_protocol_loads_no_model_library():
+    names = [f"protocol.{path.stem}" for path in sources("protocol") if path.parent.name == "protocol" and path.stem != "__init__"]
+    assert not loaded_by("import " + ", ".join(names)) & {"torch", "transformers", "opacus", "flwr", "tenseal", "numba"}
+
+
+def test_the_top_level_holds_what_the_design_names():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    top = {name.split("/")[0] for name in listed if not name.startswith(".")}
+    assert top <= {
+        "pyproject.toml", "README.md", "LICENSE", "Makefile", "constraints.txt",
+        "proto", "protocol", "nodes", "market_node", "tests", "docs",
+    }  # fmt: skip
