@@ -27,10 +27,12 @@ from numpy.typing import NDArray
 from nodes.adapter import Adapter, attach, sharing_weights
 from nodes.records import Pair, Prompt, Record, Text
 from protocol.codec import domain_tag
-from protocol.errors import InvalidAdapter, ModelError
+from protocol.errors import IncompatibleSpecification, InvalidAdapter, ModelError
 
 if TYPE_CHECKING:
     import torch
+
+    from protocol.features import FeatureMap
 
 FEATURE_LAYER = 6  # its states are pooled into the features; part of the feature map
 SPLIT_LAYER = 24  # its states are cached; the adapter lives above it
@@ -397,6 +399,18 @@ class BaseModel:
                 answer.append(token)
                 ids = torch.tensor([[token]])
         return str(self._tokenizer.decode(answer, skip_special_tokens=True)).strip()
+
+    def admit_map(self, feature_map: FeatureMap) -> None:
+        """Raise IncompatibleSpecification unless this model and its rendering are what the map was fitted with."""
+        if self._model_id != feature_map.base_model:
+            raise IncompatibleSpecification(
+                f"base model: the map needs {feature_map.base_model[:16]}, got {self._model_id[:16]}",
+                hint="`veilmart model import` makes it",
+            )
+        if feature_map.token_limits != (PROMPT_TOKENS, RESPONSE_TOKENS):
+            raise IncompatibleSpecification(
+                f"token limits: the map needs {feature_map.token_limits}, got {(PROMPT_TOKENS, RESPONSE_TOKENS)}"
+            )
 
     def admit(self, adapter: Adapter) -> Adapter:
         """Return the adapter if it was made for this model; raise InvalidAdapter otherwise."""

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from nodes.base_model import SPLIT_LAYER
 from nodes.ledger import Budget, Ledger, Price
 from nodes.records import Record, digest_of, read_training_records
 from protocol.codec import domain_tag, format_decimal
-from protocol.errors import IncompatibleSpecification, UsageError, VeilmartError
+from protocol.errors import UsageError, VeilmartError
 from protocol.features import FeatureMap
 from protocol.hazmat.noise import NoiseSource
 from protocol.keys import signing_key, write_durably
@@ -35,7 +36,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, all
 class Embed(Protocol):
     """Records to embeddings (n, 2, width), each record alone in the forward pass."""
 
-    def __call__(self, records: Sequence[Record], *, on_progress: Callable[[int, int], None] | None = None) -> Embedding: ...
+    def __call__(self, records: Sequence[Record], *, layer: int, on_progress: Callable[[int, int], None] | None = None) -> Embedding: ...
 
 
 def ignore_progress(stage: str, done: int, of: int) -> None:
@@ -98,16 +99,13 @@ class Guard:
         recipe: Recipe | None = None,
         limit: int | None = None,
         embed: Embed | None = None,
+        split: int = SPLIT_LAYER,
         on_progress: Progress = ignore_progress,
     ) -> None:
-        if model.model_id != feature_map.base_model:
-            raise IncompatibleSpecification(
-                f"base model: the map needs {feature_map.base_model[:16]}, got {model.model_id[:16]}",
-                hint="`veilmart model import` makes it",
-            )
+        model.admit_map(feature_map)
         self._home, self._data, self._card, self._model, self._map = home, data, card, model, feature_map
         self._noise, self._recipe, self._limit, self._on_progress = noise, recipe, limit, on_progress
-        self._embed = embed or model.embed_alone
+        self._embed, self._split = embed or model.embed_alone, split
         self.policy = policy or Policy()
         self._ledger = Ledger.open(home / "ledger.db", self.policy.budget)
         self._key = signing_key(home / "owner.key")
@@ -201,8 +199,8 @@ class Guard:
             self._on_progress("embed", done, of)
 
         if self._recipe is None:
-            return self._embed(records, on_progress=report), []
-        return self._model.prefix_pass(records, on_progress=report)
+            return self._embed(records, layer=self._map.layer, on_progress=report), []
+        return self._model.prefix_pass(records, self._split, layer=self._map.layer, on_progress=report)
 
     def _train(self, activations: list[Activations]) -> AdapterReference:
         from nodes.finetune import finetune

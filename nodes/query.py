@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nodes.market_client import MarketClient, Mirror
 from nodes.records import Prompt, Record
 from protocol.catalogue import ROW, Catalogue, centred_mean
-from protocol.errors import IncompatibleSpecification, StaleCatalogue
+from protocol.errors import StaleCatalogue
 from protocol.features import VIEWS, FeatureMap
 from protocol.scoring import Ranking, Scores, Sketch, rank, score, sketch_of
 
@@ -33,11 +33,9 @@ def sketch_task(records: Sequence[Record], model: BaseModel, feature_map: Featur
 
     Padded batches are allowed here: nothing of a query is released, so no record needs to be independent of its neighbours.
     """
-    if model.model_id != feature_map.base_model:
-        raise IncompatibleSpecification(
-            f"base model: the map needs {feature_map.base_model[:16]}, got {model.model_id[:16]}", hint="`veilmart model import` makes it"
-        )
-    return sketch_of(feature_map(model.embed_batched(records)), feature_map, views_of(records))
+    model.admit_map(feature_map)
+    embeddings = model.embed_batched(records, layer=feature_map.layer)
+    return sketch_of(feature_map(embeddings), feature_map, views_of(records))
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,11 +144,11 @@ class RememberedEmbeddings:
         self._model = model
         self._made: dict[bytes, Embedding] = {}
 
-    def __call__(self, records: Sequence[Record], *, on_progress: Callable[[int, int], None] | None = None) -> Embedding:
+    def __call__(self, records: Sequence[Record], *, layer: int, on_progress: Callable[[int, int], None] | None = None) -> Embedding:
         """Return the embeddings of the records."""
         key = digest_of(records)
         if key not in self._made:
-            self._made[key] = self._model.embed_alone(records, on_progress=on_progress)
+            self._made[key] = self._model.embed_alone(records, layer=layer, on_progress=on_progress)
         return self._made[key]
 
 
@@ -244,7 +244,7 @@ def simulate(settings: Settings, model: BaseModel, feature_map: FeatureMap, on_p
 def _pool(settings: Settings, task: str, model: BaseModel, feature_map: FeatureMap, done: int, total: int, on_progress: Progress) -> Pool:
     on_progress("embed queries", done, total)
     records = read_records(settings.data / task / "test.jsonl", settings.query_pool)
-    return Pool(task, records, feature_map(model.embed_batched(records)), views_of(records))
+    return Pool(task, records, feature_map(model.embed_batched(records, layer=feature_map.layer)), views_of(records))
 
 
 def _run_owners(
