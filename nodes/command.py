@@ -373,7 +373,7 @@ def sim(
     """
     from nodes import console
     from nodes.report import print_result
-    from nodes.simulate import Settings, new_run_folder, simulate
+    from nodes.simulate import Settings, new_run_folder, plan_tasks, simulate
     from protocol.features import default_map
 
     settings = Settings(
@@ -381,6 +381,7 @@ def sim(
         queries=queries, repeats=repeats, epsilon_spec=epsilon_spec, delta=delta, recipe=_recipe(epsilon_adapter, no_train),
         test_records=test_records, mirror=mirror, seed=seed,
     )  # fmt: skip
+    plan_tasks(settings, default_map())  # a wrong folder or task shows before the model is loaded
     progress = console.ProgressLine(not quiet)
     result = simulate(settings, _open_model(home, base), default_map(), progress)
     progress.close()

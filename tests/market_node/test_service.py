@@ -1,0 +1,229 @@
+"""The service over a real TLS channel: what is refused, with which status, and that others go on being served."""
+
+import hashlib
+import logging
+
+import grpc
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from market_node import service as services
+from market_node.service import STATUSES
+from protocol.catalogue import EMPTY_HEAD, open_rows
+from protocol.channel import CHUNK_BYTES, CODE_KEY, connect
+from protocol.encryption import DATA_PRIME, PROFILE, QUERY_BYTES, MatchPlan, QueryKey
+from protocol.errors import VeilmartError
+from protocol.release import AdapterReference
+from protocol.wire import market_pb2 as pb
+from protocol.wire.market_pb2_grpc import MarketStub
+from tests.market_node.market import running_market
+from tests.protocol.worlds import DIMENSION, envelope_of, small_map
+
+MAP, OWNER = small_map(), Ed25519PrivateKey.generate()
+SIZE = 3
+
+
+@pytest.fixture(scope="module")
+def market(tmp_path_factory):
+    with running_market(tmp_path_factory.mktemp("market"), MAP) as (address, ca, store):
+        channel = connect(address, ca)
+        stub = MarketStub(channel)
+        for number in range(SIZE):
+            stub.Publish(pb.PublishRequest(envelope=envelope_of(MAP, OWNER, number=number + 1, seed=number)), timeout=10)
+        yield stub, store
+        channel.close()
+
+
+@pytest.fixture
+def stub(market):
+    return market[0]
+
+
+def refused(call) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value.code(), dict(caught.value.trailing_metadata() or ()).get(CODE_KEY, "")
+
+
+def publish(stub, envelope):
+    return stub.Publish(pb.PublishRequest(envelope=envelope), timeout=10)
+
+
+def described(stub):
+    return stub.Describe(pb.DescribeRequest(), timeout=10)
+
+
+def test_publishing_again_gives_the_same_place(stub):
+    envelope = envelope_of(MAP, Ed25519PrivateKey.generate(), seed=77)
+    first, size = publish(stub, envelope), described(stub).head.size
+    assert publish(stub, envelope).index == first.index
+    assert described(stub).head.size == size
+
+
+def test_the_synced_catalogue_is_the_signed_one(stub):
+    description = described(stub)
+    chunks = list(stub.SyncCatalogue(pb.SyncRequest(form=pb.CATALOGUE_FORM_ROWS), timeout=10))
+    head = chunks[-1].head
+    from protocol.catalogue import Head
+
+    rows = [entry for chunk in chunks for entry in chunk.entries]
+    catalogue = open_rows(MAP, [], rows, Head(head.size, head.head, head.signature), description.market_key)
+    assert len(catalogue.names) == head.size >= SIZE
+
+
+def tampered(envelope: bytes) -> bytes:
+    return envelope[:-1] + bytes([envelope[-1] ^ 1])
+
+
+REFUSED_RELEASES = {
+    "a bad signature": (lambda: tampered(envelope_of(MAP, OWNER, seed=5)), "INVALID_ARGUMENT", "signature"),
+    "garbage": (lambda: b"garbage" * 50, "INVALID_ARGUMENT", "format"),
+    "nothing": (lambda: b"", "INVALID_ARGUMENT", "format"),
+    "another map": (lambda: envelope_of(small_map("other", 9), OWNER, seed=5), "FAILED_PRECONDITION", "specification.incompatible"),
+    "simulated noise": (lambda: envelope_of(MAP, OWNER, seed=5, simulated=True), "INVALID_ARGUMENT", "usage"),
+    "other bytes under the same number": (lambda: envelope_of(MAP, OWNER, number=1, seed=50), "ALREADY_EXISTS", "already-published"),
+}
+
+
+@pytest.mark.parametrize(("make", "status", "code"), REFUSED_RELEASES.values(), ids=REFUSED_RELEASES)
+def test_a_release_that_breaks_a_rule_is_refused_and_changes_nothing(stub, make, status, code):
+    before = described(stub).head
+    assert refused(lambda: publish(stub, make())) == (getattr(grpc.StatusCode, status), code)
+    assert described(stub).head == before
+
+
+def test_a_simulation_takes_simulated_releases(tmp_path):
+    with running_market(tmp_path, MAP, simulation=True) as (address, ca, _):
+        channel = connect(address, ca)
+        assert publish(MarketStub(channel), envelope_of(MAP, OWNER, simulated=True)).index == 0
+        channel.close()
+
+
+def upload(stub, digest: bytes, size: int, *parts: bytes):
+    chunks = [pb.AdapterChunk(digest=digest, size_bytes=size), *(pb.AdapterChunk(data=part) for part in parts)]
+    return stub.UploadAdapter(iter(chunks), timeout=10)
+
+
+def test_an_adapter_comes_back_as_it_went(stub):
+    data = bytes(range(256)) * 500
+    digest = hashlib.sha256(data).digest()
+    upload(stub, digest, len(data), *(data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES)))
+    assert b"".join(chunk.data for chunk in stub.DownloadAdapter(pb.AdapterRequest(digest=digest), timeout=10)) == data
+
+
+BAD_UPLOADS = {
+    "another digest": (bytes(32), 4, [b"abcd"], "adapter"),
+    "fewer bytes": (hashlib.sha256(b"abcd").digest(), 5, [b"abcd"], "adapter"),
+    "more bytes": (hashlib.sha256(b"abcd").digest(), 3, [b"abcd"], "adapter"),
+    "a short digest": (b"abc", 4, [b"abcd"], "format"),
+    "a gigabyte": (bytes(32), 1 << 30, [b"x"], "format"),
+    "a chunk too large": (bytes(32), 1 << 20, [bytes(CHUNK_BYTES + 1)], "format"),
+}
+
+
+@pytest.mark.parametrize(("digest", "size", "parts", "code"), BAD_UPLOADS.values(), ids=BAD_UPLOADS)
+def test_a_wrong_upload_leaves_nothing_behind(market, digest, size, parts, code):
+    stub, store = market
+    before = set(store._adapters.iterdir())
+    assert refused(lambda: upload(stub, digest, size, *parts)) == (grpc.StatusCode.INVALID_ARGUMENT, code)
+    assert set(store._adapters.iterdir()) == before
+
+
+@pytest.mark.parametrize("digest", [bytes(32), b"", b"../../etc/passwd"])
+def test_an_unknown_adapter_is_not_found(stub, digest):
+    assert refused(lambda: list(stub.DownloadAdapter(pb.AdapterRequest(digest=digest), timeout=10))) == (
+        grpc.StatusCode.NOT_FOUND,
+        "not-found",
+    )
+
+
+def match(stub, data: bytes, *, head=None, profile=PROFILE, map_id=MAP.map_id, chunk=CHUNK_BYTES):
+    head = head or described(stub).head
+    first = pb.MatchChunk(profile=profile, map_id=map_id, catalogue_size=head.size, catalogue_head=head.head)
+    chunks = [first, *(pb.MatchChunk(data=data[i : i + chunk]) for i in range(0, len(data), chunk))]
+    return b"".join(part.data for part in stub.Match(iter(chunks), timeout=30))
+
+
+def honest_query(stub, vector=None) -> tuple[QueryKey, bytes]:
+    key = QueryKey.fresh(MatchPlan.build(described(stub).head.size, DIMENSION))
+    return key, key.encrypt(np.full(DIMENSION, 0.2) if vector is None else vector).to_bytes()
+
+
+def test_an_all_zero_query_is_answered_like_any_other(stub):
+    lengths = {len(match(stub, honest_query(stub, vector)[1])) for vector in (np.zeros(DIMENSION), np.full(DIMENSION, 0.3))}
+    assert len(lengths) == 1
+
+
+def above_the_prime(data: bytes) -> bytes:
+    return (DATA_PRIME).to_bytes(8, "little") + data[8:]
+
+
+BAD_QUERIES = {
+    "too short": (lambda data: data[:-8], {}, "INVALID_ARGUMENT", "format"),
+    "too long": (lambda data: data + bytes(8), {}, "INVALID_ARGUMENT", "format"),
+    "endless": (lambda data: data * 10, {}, "INVALID_ARGUMENT", "format"),
+    "nothing": (lambda data: b"", {}, "INVALID_ARGUMENT", "format"),
+    "a value at the prime": (above_the_prime, {}, "INVALID_ARGUMENT", "format"),
+    "all bits set": (lambda data: b"\xff" * QUERY_BYTES, {}, "INVALID_ARGUMENT", "format"),
+    "another profile": (lambda data: data, {"profile": "std64"}, "FAILED_PRECONDITION", "specification.incompatible"),
+    "another map": (lambda data: data, {"map_id": bytes(32)}, "FAILED_PRECONDITION", "specification.incompatible"),
+    "a stale catalogue": (lambda data: data, {"head": pb.SignedHead(size=1, head=EMPTY_HEAD)}, "FAILED_PRECONDITION", "catalogue.stale"),
+    "chunks too large": (lambda data: data, {"chunk": CHUNK_BYTES * 2}, "INVALID_ARGUMENT", "format"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "how", "status", "code"), BAD_QUERIES.values(), ids=BAD_QUERIES)
+def test_a_bad_query_gets_a_typed_error_and_others_are_served(stub, spoil, how, status, code):
+    _, data = honest_query(stub)
+    assert refused(lambda: match(stub, spoil(data), **how)) == (getattr(grpc.StatusCode, status), code)
+    assert match(stub, data)
+
+
+def test_a_querier_that_disconnects_mid_stream_leaves_the_market_serving(stub):
+    head = described(stub).head
+    _, data = honest_query(stub)
+
+    def half():
+        yield pb.MatchChunk(profile=PROFILE, map_id=MAP.map_id, catalogue_size=head.size, catalogue_head=head.head)
+        for _ in range(3):
+            yield pb.MatchChunk(data=data[:CHUNK_BYTES])
+        raise RuntimeError("the querier's process died")
+
+    for _ in range(2 * services.QUERIES_AT_ONCE):  # more than there are places: each must be given back
+        with pytest.raises(grpc.RpcError):
+            list(stub.Match(half(), timeout=10))
+    assert match(stub, data)
+
+
+def test_what_was_not_raised_on_purpose_tells_an_incident_and_no_more(tmp_path, caplog):
+    secret = "PRIVATE-5519"
+
+    class Broken(services.MarketService):
+        def _signed(self, size, head):
+            raise ZeroDivisionError(secret)
+
+    with running_market(tmp_path, MAP, service_type=Broken) as (address, ca, _), caplog.at_level(logging.CRITICAL):
+        channel = connect(address, ca)
+        with pytest.raises(grpc.RpcError) as caught:
+            described(MarketStub(channel))
+        channel.close()
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert secret not in caught.value.details()
+
+
+def test_every_error_that_may_cross_the_wire_has_one_status():
+    kinds = [kind for kind, _ in STATUSES]
+    assert len(set(kinds)) == len(kinds)
+    for position, kind in enumerate(kinds):
+        assert not any(issubclass(kind, earlier) for earlier in kinds[:position]), f"{kind.__name__} is hidden by its parent"
+    assert all(issubclass(kind, VeilmartError) for kind in kinds)
+
+
+def test_an_unknown_release_is_not_found(stub):
+    assert refused(lambda: stub.GetRelease(pb.ReleaseRequest(release_id=bytes(32)), timeout=10))[1] == "not-found"
+
+
+def test_an_adapter_reference_has_a_bounded_size():
+    with pytest.raises(VeilmartError):
+        AdapterReference(bytes(32), 1 << 30)

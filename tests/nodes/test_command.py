@@ -1,0 +1,100 @@
+"""The command line as a person meets it: speed, errors, exit codes.  Nothing here loads the model."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SECRET = "SECRET-4410"
+
+
+def veilmart(*words: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nodes.command", *words]
+    env = {**os.environ, "VEILMART_HOME": str(home), **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+
+
+def test_help_answers_in_half_a_second(tmp_path):
+    """CPU seconds of the whole process: the wall clock of a shared machine would measure its neighbours."""
+    seconds = []
+    for _ in range(5):
+        before = os.times()
+        done = veilmart("--help", home=tmp_path)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        assert done.returncode == 0
+    assert statistics.median(seconds) < 0.5
+
+
+COMMANDS = ["demo", "sim", "find", "pull", "ask", "market up", "node publish", "model import", "map fit", "map show"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(command, tmp_path):
+    done = veilmart(*command.split(), "--help", home=tmp_path)
+    assert done.returncode == 0
+    assert f"Example: veilmart {command}" in done.stdout
+
+
+def written(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_wrong_input_gets_one_clear_error_and_its_exit_code(tmp_path):
+    ca = written(tmp_path / "ca.crt", "no certificate")
+    good = written(tmp_path / "good.jsonl", '{"text": "a b"}\n')
+    bad = written(tmp_path / "bad.jsonl", f'{{"text": "fine"}}\n{{"text": "{SECRET}"\n')
+    cases = [
+        (2, ["find", "absent.jsonl", "--market", "127.0.0.1:9", "--ca", ca], "absent.jsonl"),
+        (2, ["find", bad, "--market", "127.0.0.1:9", "--ca", ca], "bad.jsonl, line 2"),
+        (2, ["find", good, "--market", "127.0.0.1:9", "--ca", str(tmp_path / "no.crt")], "no.crt"),
+        (2, ["find", good, "--market", "nowhere", "--ca", ca], "HOST:PORT"),
+        (6, ["find", good, "--market", "127.0.0.1:9", "--ca", ca], "no answer"),
+        (2, ["node", "publish", "--data", good], "--market"),
+        (2, ["node", "publish", "--data", good, "--dry-run", "--base", str(tmp_path)], "model directory"),
+        (2, ["node", "publish", "--data", good, "--dry-run", "--epsilon-adapter", "8"], "none"),
+        (2, ["node", "publish", "--data", good, "--dry-run", "--epsilon", "0"], "epsilon"),
+        (2, ["sim", "--data", str(tmp_path / "none")], "no such folder"),
+        (2, ["sim", "--data", str(tmp_path), "--out", str(tmp_path)], "new or empty folder"),
+        (2, ["ask", "-m", "x@00000000"], "Missing argument"),
+        (3, ["ask", "-m", "x@00000000", "hello"], "not pulled"),
+        (2, ["map", "show", str(tmp_path / "none.map")], "none.map"),
+        (7, ["map", "show", good], "veilmart/map/v1"),
+        (2, ["model", "import", "--gguf", good], "SHA-256"),
+        (2, ["frobnicate"], "frobnicate"),
+    ]
+    for code, words, expected in cases:
+        done = veilmart(*words, home=tmp_path / "home")
+        told = done.stdout + done.stderr
+        assert done.returncode == code, (words, told)
+        assert expected.lower() in told.lower(), (words, told)
+        assert "Traceback" not in told
+        assert SECRET not in told
+        assert len(done.stderr.strip().splitlines()) <= 12
+
+
+def test_errors_are_json_when_json_was_asked_for(tmp_path):
+    done = veilmart("find", "absent.jsonl", "--market", "127.0.0.1:9", "--ca", "x", "--json", home=tmp_path)
+    error = json.loads(done.stdout)["error"]
+    assert (done.returncode, error["code"]) == (2, "records")
+
+
+def test_a_failed_import_leaves_nothing_half_written(tmp_path):
+    home = tmp_path / "home"
+    veilmart("model", "import", "--gguf", written(tmp_path / "x.gguf", "GGUF nonsense"), home=home)
+    assert [path for path in home.rglob("*") if path.is_file() and path.stat().st_size] == []
+
+
+def test_the_shipped_map_is_shown(tmp_path):
+    shown = json.loads(veilmart("map", "show", "--json", home=tmp_path).stdout)
+    assert shown["schema"] == "veilmart.map/1"
+    assert shown["dimension"] == 64
+
+
+def test_a_traceback_appears_only_on_request(tmp_path):
+    assert "Traceback" in veilmart("--debug", "map", "show", "none.map", home=tmp_path).stderr
