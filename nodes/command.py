@@ -544,7 +544,9 @@ def build() -> typer.Typer:
 
 def main() -> None:
     """Run the command line and exit with the documented code."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no command reaches any host but the configured market
+    # No command reaches any host but the configured market: what would telephone home by default is told not to.
+    for name, value in (("HF_HUB_OFFLINE", "1"), ("FLWR_TELEMETRY_ENABLED", "0"), ("FLWR_DISABLE_UPDATE_CHECK", "1")):
+        os.environ.setdefault(name, value)
     as_json, debug = "--json" in sys.argv, "--debug" in sys.argv or bool(os.environ.get("VEILMART_DEBUG"))
     import click
 

@@ -169,7 +169,8 @@ class MatchPlan:
         group, position = slot // self.period, slot % self.period
         if self.layout is Layout.CYCLIC:
             return (position + group * self.width) % self.dimension
-        return np.minimum(group * self.width + position % self.width, self.dimension)
+        coordinates: NDArray[np.int64] = np.minimum(group * self.width + position % self.width, self.dimension)
+        return coordinates
 
     def spread(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the slots of a query (dimension,) as (SLOTS,)."""

@@ -147,6 +147,6 @@ def _encode_slots(slots: NDArray[np.complex128]) -> NDArray[np.uint64]:
     values[:, root], values[:, DEGREE - 1 - root] = slots, slots.conj()
     untwist = np.exp(-1j * np.pi * np.arange(DEGREE) / DEGREE) * (ROW_SCALE / DEGREE)
     coefficients = np.rint((np.fft.fft(values, axis=1) * untwist).real).astype(np.int64)
-    words = np.where(coefficients < 0, coefficients + DATA_PRIME, coefficients).astype(np.uint64)
+    words: NDArray[np.uint64] = np.where(coefficients < 0, coefficients + DATA_PRIME, coefficients).astype(np.uint64)
     ntt_rows(words, _switch_ring().data)
     return words

@@ -233,7 +233,8 @@ def baby_steps(ciphertext: Words, permutation: NDArray[np.int64], key: Words, ri
 
 def giant_steps(parts: Words, permutation: NDArray[np.int64], key: Words, ring: SwitchRing) -> Words:
     """Return sum_g rotation^g(parts[g]) as (2, n); parts: (giant, 2, n).  Horner's rule: one key serves every step."""
-    total, turned = parts[-1].copy(), np.empty(parts.shape[1:], np.uint64)
+    total: Words = parts[-1].copy()
+    turned = np.empty(parts.shape[1:], np.uint64)
     for part in parts[-2::-1]:
         rotate(total, permutation, key, ring, turned)
         np.add(turned, part, out=total)

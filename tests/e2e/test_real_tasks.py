@@ -38,7 +38,7 @@ def test_an_encrypted_query_ranks_as_the_mirror_does_on_twenty_real_tasks(data, 
     assert len(tasks) == 20
     right, texts = 0, []
     with (
-        market_process(tmp_path / "market") as (started, _),
+        market_process(tmp_path / "market") as (started, process),
         MarketClient(started["address"], Path(started["ca"]), tmp_path / "q") as client,
     ):
         for task in tasks:
