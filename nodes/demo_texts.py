@@ -25,8 +25,8 @@ class DemoTask:
 
 
 TASKS = (
-    DemoTask("ward-notes", "health", "Ward 4: woman of 71, cough and fever since two days, given fluids."),
     DemoTask("bank-letters", "finance", "Dear bank, my card was swallowed by the machine at the station, please help."),
+    DemoTask("ward-notes", "health", "Ward 4: woman of 71, cough and fever since two days, given fluids."),
     DemoTask("lease-clauses", "legal", "The tenant shall clean the gutters at own expense before each winter."),
     DemoTask("rail-desk", "travel", "When does the next train from Arden to Melk leave after 9:10?"),
     DemoTask("shop-sums", "mathematics", "Ana buys 4 pens at 3 coins each and pays with 20 coins. How much is left?"),

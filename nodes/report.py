@@ -21,6 +21,7 @@ def print_result(result: Mapping[str, Any], out: Path) -> None:
         f"adapter guarantee: {result['adapter_guarantee']}",
         f"left out (the map was fitted on them): {', '.join(result['public_tasks_left_out']) or 'none'}",
         f"CPU seconds: {', '.join(f'{stage} {seconds}' for stage, seconds in result['cpu_seconds'].items())}",
+        f"matching: {result['matching']}, market CPU a query: {_milliseconds(result['server_cpu_ms_per_query'])}",
         f"bytes sent: {_counts(bytes_sent)}; received: {_counts(bytes_received)}",
         f"wall {result['wall_seconds']} s, run folder {out}",
     ]
@@ -51,3 +52,7 @@ def _percent(share: float | None) -> str:
 
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in counts.items()) or "none"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} ms"

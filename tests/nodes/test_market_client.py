@@ -1,0 +1,182 @@
+"""A client believes nothing unproven: each way in which a market can lie is refused, and leaves nothing on disk."""
+
+import hashlib
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from market_node.service import MarketService, answering, streaming
+from nodes.learnwares import local_learnware, pull_learnware
+from nodes.market_client import MarketClient, find_release_id
+from protocol.catalogue import row_of
+from protocol.errors import (
+    FormatError,
+    IncompatibleSpecification,
+    InvalidAdapter,
+    InvalidSignature,
+    MarketUnreachable,
+    NotFound,
+    UsageError,
+    VeilmartError,
+)
+from protocol.release import AdapterReference, open_envelope
+from protocol.wire import market_pb2 as pb
+from tests.market_node.market import running_market
+from tests.protocol.worlds import envelope_of, small_map
+
+MAP = small_map()
+DATA = b"adapter" * 40_000
+ADAPTER = AdapterReference(hashlib.sha256(DATA).digest(), len(DATA))
+
+
+def publish_three(client: MarketClient) -> list[bytes]:
+    envelopes = [envelope_of(MAP, Ed25519PrivateKey.generate(), seed=seed, adapter=ADAPTER) for seed in range(3)]
+    client.upload_adapter(ADAPTER, DATA)
+    for envelope in envelopes:
+        client.publish(envelope)
+    return envelopes
+
+
+def test_an_honest_market_is_believed_and_only_news_is_fetched(tmp_path):
+    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        envelopes = publish_three(client)
+        catalogue, mirror = client.sync(MAP), client.mirror(MAP)
+        assert catalogue.release_ids == mirror.catalogue.release_ids == [open_envelope(e).release_id for e in envelopes]
+        before = client.traffic.received["catalogue"]
+        assert client.sync(MAP).release_ids == catalogue.release_ids
+        assert client.traffic.received["catalogue"] - before < 200  # a head, no rows
+        client.publish(envelope_of(MAP, Ed25519PrivateKey.generate(), seed=9))
+        assert len(client.sync(MAP).names) == len(client.mirror(MAP).releases) == 4
+        assert client.download_adapter(ADAPTER) == DATA
+
+
+def test_a_damaged_local_copy_is_fetched_again(tmp_path):
+    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        publish_three(client)
+        client.sync(MAP)
+        (copy,) = (tmp_path / "home" / "catalogues").rglob("rows")
+        damaged = bytearray(copy.read_bytes())
+        damaged[50] ^= 1
+        copy.write_bytes(damaged)
+        assert len(client.sync(MAP).names) == 3
+
+
+def lying(**methods):
+    return type("Lying", (MarketService,), methods)
+
+
+@answering
+async def other_release(self, request, context):
+    return pb.Release(envelope=envelope_of(MAP, Ed25519PrivateKey.generate(), seed=99))
+
+
+@streaming
+async def other_adapter(self, request, context):
+    yield pb.AdapterChunk(data=b"x" * len(DATA[:65536]))
+
+
+@streaming
+async def endless_adapter(self, request, context):
+    for _ in range(100_000):
+        yield pb.AdapterChunk(data=bytes(65536))
+
+
+@streaming
+async def forged_rows(self, request, context):
+    size, head = self._store.head()
+    rows = self._store.catalogue(0, size, rows=True)
+    rows[1] = rows[1][:32] + b"\xff" + rows[1][33:]  # another count: the release would look larger
+    yield pb.CatalogueChunk(entries=rows, head=self._signed(size, head))
+
+
+@streaming
+async def no_head(self, request, context):
+    yield pb.CatalogueChunk(entries=self._store.catalogue(0, 3, rows=True))
+
+
+@streaming
+async def gone_back(self, request, context):
+    yield pb.CatalogueChunk(head=self._signed(1, bytes(32)))
+
+
+LIES = {
+    "another release": ({"GetRelease": other_release}, lambda c, e: c.release(open_envelope(e[0]).release_id), FormatError),
+    "another adapter": ({"DownloadAdapter": other_adapter}, lambda c, e: c.download_adapter(ADAPTER), InvalidAdapter),
+    "an endless adapter": ({"DownloadAdapter": endless_adapter}, lambda c, e: c.download_adapter(ADAPTER), InvalidAdapter),
+    "a forged row": ({"SyncCatalogue": forged_rows}, lambda c, e: c.sync(MAP), FormatError),
+    "rows for envelopes": ({"SyncCatalogue": forged_rows}, lambda c, e: c.mirror(MAP), FormatError),
+    "no signed head": ({"SyncCatalogue": no_head}, lambda c, e: c.sync(MAP), FormatError),
+}
+
+
+@pytest.mark.parametrize(("methods", "ask", "error"), LIES.values(), ids=LIES)
+def test_a_lie_is_refused_and_nothing_is_stored(tmp_path, methods, ask, error):
+    market = running_market(tmp_path / "m", MAP, service_type=lying(**methods))
+    with market as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        envelopes = publish_three(client)
+        with pytest.raises(error):
+            ask(client, envelopes)
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+
+
+def test_a_market_that_forgets_what_it_showed_is_refused(tmp_path):
+    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        publish_three(client)
+        client.sync(MAP)
+    with (
+        running_market(tmp_path / "m", MAP, service_type=lying(SyncCatalogue=gone_back)) as (address, ca, _),
+        MarketClient(address, ca, tmp_path / "home") as client,
+        pytest.raises(InvalidSignature, match="back in time"),
+    ):
+        client.sync(MAP)
+
+
+def test_a_pull_with_a_bad_adapter_stores_nothing(tmp_path):
+    """The digest is right, the content is no adapter: refused before anything is written."""
+    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        publish_three(client)
+        with pytest.raises(InvalidAdapter):
+            pull_learnware("owner-1", client, tmp_path / "home", MAP)
+    assert local_learnware("owner-1", tmp_path / "home") is None
+    assert not (tmp_path / "home" / "learnwares").exists()
+
+
+def test_a_market_with_another_map_is_refused_with_both_ids(tmp_path):
+    with running_market(tmp_path / "m", small_map("other", 5)) as (address, ca, _), MarketClient(address, ca, tmp_path) as client:
+        with pytest.raises(IncompatibleSpecification, match=MAP.map_id.hex()[:16]):
+            client.sync(MAP)
+
+
+def test_a_foreign_certificate_authority_is_no_market(tmp_path):
+    with running_market(tmp_path / "a", MAP) as (address, _, _), running_market(tmp_path / "b", MAP) as (_, other_ca, _):
+        with MarketClient(address, other_ca, tmp_path) as client, pytest.raises(MarketUnreachable):
+            client.describe()
+
+
+def test_releases_are_named_without_doubt_or_not_at_all(tmp_path):
+    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        ids = [open_envelope(envelope).release_id for envelope in publish_three(client)]
+        client.publish(envelope_of(MAP, Ed25519PrivateKey.generate(), seed=1))  # a second "owner-1"
+        catalogue = client.sync(MAP)
+    assert find_release_id("owner-0", catalogue) == ids[0]
+    assert find_release_id(f"owner-1@{ids[1].hex()[:8]}", catalogue) == ids[1]
+    assert find_release_id(ids[2].hex(), catalogue) == ids[2]
+    with pytest.raises(UsageError, match="names 2"):
+        find_release_id("owner-1", catalogue)
+    for unknown in ("owner-7", f"owner-2@{ids[1].hex()[:8]}", "@" + "0" * 8, ids[0].hex()[:4]):
+        with pytest.raises(NotFound):
+            find_release_id(unknown, catalogue)
+
+
+def test_the_row_of_a_release_is_what_the_market_serves(tmp_path):
+    with running_market(tmp_path / "m", MAP) as (address, ca, store), MarketClient(address, ca, tmp_path / "home") as client:
+        envelopes = publish_three(client)
+        assert store.catalogue(0, 3, rows=True) == [row_of(open_envelope(envelope), MAP) for envelope in envelopes]
+
+
+def test_errors_keep_their_kind_over_the_wire(tmp_path):
+    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        with pytest.raises(InvalidSignature):
+            client.publish(envelope_of(MAP, Ed25519PrivateKey.generate())[:-1] + b"x")
+        with pytest.raises(VeilmartError, match="not here"):
+            client.release(bytes(32))
