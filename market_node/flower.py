@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from protocol.channel import CALL_TIMEOUT_S, connect, error_from_status
-from protocol.errors import VeilmartError
+from protocol.errors import FormatError, UsageError, VeilmartError
 from protocol.release import open_envelope
 from protocol.wire import market_pb2 as pb
 from protocol.wire.market_pb2_grpc import MarketStub
@@ -60,8 +60,10 @@ class Replies:
     missing: frozenset[int]
 
 
-def exchange(grid: Grid, node_ids: Sequence[int], message_type: str, content: Mapping[str, Any], timeout_s: float, group: str) -> Replies:
-    """Send one message to every node and return what became of each.
+def replies(
+    grid: Grid, node_ids: Sequence[int], message_type: str, content: Mapping[str, Any], timeout_s: float, group: str
+) -> Iterator[tuple[int, Message]]:
+    """Send one message to every node and yield (node, reply) as replies come; a node that is not among them is missing.
 
     Flower's own send_and_receive polls every 3 s and hides who is missing.  ttl = timeout: a reply that would come later is dropped
     instead of surprising the next exchange.  Nodes are told apart by the id of the message they answer, since the error
@@ -75,29 +77,55 @@ def exchange(grid: Grid, node_ids: Sequence[int], message_type: str, content: Ma
     ]
     waiting = set(grid.push_messages(messages))
     node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}  # ids exist only after the push
+    end, pause = time.monotonic() + timeout_s, POLL_MIN_S
+    while waiting:
+        for reply in grid.pull_messages(list(waiting)):
+            asked = reply.metadata.reply_to_message_id
+            if asked in waiting:
+                waiting.discard(asked)
+                yield node_of[asked], reply
+        left = end - time.monotonic()
+        if left <= 0:
+            return
+        if waiting:
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, POLL_MAX_S)
+
+
+def exchange(grid: Grid, node_ids: Sequence[int], message_type: str, content: Mapping[str, Any], timeout_s: float, group: str) -> Replies:
+    """Send one message to every node and return what became of each."""
     answered: dict[int, Message] = {}
     failed: dict[int, str] = {}
-    end, pause = time.monotonic() + timeout_s, POLL_MIN_S
-    while waiting and time.monotonic() < end:
-        for reply in grid.pull_messages(waiting):
-            asked = reply.metadata.reply_to_message_id
-            waiting.discard(asked)
-            if reply.has_error():
-                failed[node_of[asked]] = f"error {reply.error.code}"
-            else:
-                answered[node_of[asked]] = reply
-        if waiting:
-            time.sleep(pause)
-            pause = min(2 * pause, POLL_MAX_S)
-    return Replies(answered, failed, frozenset(node_of[asked] for asked in waiting))
+    for node, reply in replies(grid, node_ids, message_type, content, timeout_s, group):
+        if reply.has_error():
+            failed[node] = f"error {reply.error.code}"
+        else:
+            answered[node] = reply
+    return Replies(answered, failed, frozenset(node_ids) - answered.keys() - failed.keys())
 
 
-def selected_nodes(grid: Grid, wanted: str) -> list[int]:
-    """Return the ids of the nodes with the given public keys (comma-separated, as Flower registered them), or of all nodes."""
-    if not wanted:
-        return list(grid.get_node_ids())
-    keys = {key.strip() for key in wanted.split(",")}
-    return [int(node.node_id) for node in grid.get_nodes() if str(node.public_key).strip() in keys]
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Whom a campaign asks: ids of connected nodes, and the public keys (hex) that no connected node has."""
+
+    node_ids: tuple[int, ...]
+    absent: tuple[str, ...] = ()
+
+
+def selected_nodes(grid: Grid, wanted: str) -> Selection:
+    """Return the nodes whose public key, as Flower registered it, is in a comma-separated list of hexadecimal keys; all for "".
+
+    Raises UsageError for a key that is not hexadecimal.
+    """
+    if not wanted.strip():
+        return Selection(tuple(grid.get_node_ids()))
+    try:
+        keys = [bytes.fromhex(key) for key in wanted.split(",")]
+    except ValueError:
+        raise UsageError("nodes: expected public keys in hexadecimal, separated by commas") from None
+    node_of = {bytes(node.public_key): int(node.node_id) for node in grid.get_nodes()}
+    keys = list(dict.fromkeys(keys))
+    return Selection(tuple(node_of[key] for key in keys if key in node_of), tuple(key.hex() for key in keys if key not in node_of))
 
 
 def publish(stub: Any, envelope: bytes) -> NodeResult:
@@ -114,30 +142,46 @@ def publish(stub: Any, envelope: bytes) -> NodeResult:
     return NodeResult(0, Outcome.PUBLISHED, release.release_id.hex())
 
 
+def envelope_in(reply: Message) -> bytes:
+    """Return the envelope in a node's answer, empty for "not available"; raise FormatError for any other answer.
+
+    A stranger wrote it: the record may be missing, and bytes() of an integer would ask for that many zeros.
+    """
+    record = reply.content.get("release")
+    envelope = record.get("envelope") if isinstance(record, ConfigRecord) else None
+    if not isinstance(envelope, bytes):
+        raise FormatError("answer: expected a record 'release' with the bytes 'envelope'")
+    return envelope
+
+
+def settle(node: int, reply: Message, stub: Any) -> NodeResult:
+    """Return what one node's reply amounts to, its envelope published; no reply of a node ends the campaign of the others."""
+    if reply.has_error():
+        return NodeResult(node, Outcome.FAILED, reason=f"error {reply.error.code}")
+    try:
+        envelope = envelope_in(reply)
+        result = publish(stub, envelope) if envelope else NodeResult(node, Outcome.NOT_AVAILABLE)
+    except VeilmartError as error:
+        return NodeResult(node, Outcome.REFUSED, reason=error.code)
+    except Exception as error:  # noqa: BLE001 - bytes of one node that nobody thought of
+        log.error("node=%s kind=%s", node, type(error).__name__)
+        return NodeResult(node, Outcome.REFUSED, reason="unexpected")
+    return replace(result, node_id=node)
+
+
 def collect(grid: Grid, node_ids: Sequence[int], stub: Any, timeout_s: float) -> Iterator[NodeResult]:
     """Ask again and again until every node answered with an envelope, failed, or time is up; publish each as it comes."""
-    open_nodes, pause, end = list(node_ids), ROUND_MIN_S, time.monotonic() + timeout_s
-    last: dict[int, NodeResult] = {node: NodeResult(node, Outcome.MISSING) for node in node_ids}
-    while open_nodes and time.monotonic() < end:
-        replies = exchange(grid, open_nodes, f"{MessageType.QUERY}.specify", {}, min(EXCHANGE_S, timeout_s), "specify")
-        last.update({node: NodeResult(node, Outcome.FAILED, reason=why) for node, why in replies.failed.items()})
-        for node, reply in replies.answered.items():
-            envelope = bytes(reply.content["release"]["envelope"])
-            if not envelope:
-                last[node] = NodeResult(node, Outcome.NOT_AVAILABLE)
-                continue
-            result = publish(stub, envelope)
-            yield NodeResult(node, result.outcome, result.release_id, result.reason)
-            open_nodes.remove(node)
-        failed = [node for node in replies.failed if node in open_nodes]
-        for node in failed:
-            yield last[node]
-            open_nodes.remove(node)
-        if open_nodes:
-            time.sleep(pause)
+    last = {node: NodeResult(node, Outcome.MISSING) for node in node_ids}
+    pause, end = ROUND_MIN_S, time.monotonic() + timeout_s
+    while last and (left := end - time.monotonic()) > 0:
+        for node, reply in replies(grid, list(last), f"{MessageType.QUERY}.specify", {}, min(EXCHANGE_S, left), "specify"):
+            last[node] = settle(node, reply, stub)
+            if last[node].outcome != Outcome.NOT_AVAILABLE:
+                yield last.pop(node)
+        if last:
+            time.sleep(max(0.0, min(pause, end - time.monotonic())))
             pause = min(2 * pause, ROUND_MAX_S)
-    for node in open_nodes:
-        yield last[node]
+    yield from last.values()
 
 
 @server.main()  # type: ignore[untyped-decorator]
@@ -148,12 +192,12 @@ def main(grid: Grid, context: Context) -> None:
     """
     run = context.run_config
     timeout_s = float(run["timeout-s"])
-    nodes = selected_nodes(grid, str(run["nodes"]))
+    selection = selected_nodes(grid, str(run.get("nodes", "")))
     channel = connect(str(run["market"]), Path(str(run["ca"])))
     try:
         asked = exchange(
             grid,
-            nodes,
+            selection.node_ids,
             MessageType.TRAIN,
             {"epsilon": str(run["epsilon"]), "delta": str(run["delta"])},
             min(EXCHANGE_S, timeout_s),
@@ -161,6 +205,7 @@ def main(grid: Grid, context: Context) -> None:
         )
         results = [NodeResult(node, Outcome.FAILED, reason=why) for node, why in asked.failed.items()]
         results += [NodeResult(node, Outcome.MISSING) for node in asked.missing]
+        results += [NodeResult(0, Outcome.MISSING, reason=f"no connected node has the key {key}") for key in selection.absent]
         for result in collect(grid, list(asked.answered), MarketStub(channel), timeout_s):  # type: ignore[no-untyped-call]
             log.info("node=%s outcome=%s release=%s", result.node_id, result.outcome, result.release_id[:16])
             results.append(result)

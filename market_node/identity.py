@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from protocol.errors import UsageError
 from protocol.keys import read_secret, signing_key, write_durably
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 CA_DAYS, SERVER_DAYS = 3650, 730
+RENEW_DAYS = 30  # a server certificate with less left is made anew at the start
+LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+HOST = re.compile(rf"(?=.{{1,253}}\Z){LABEL}(?:\.{LABEL})*", re.IGNORECASE)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -31,19 +36,25 @@ class MarketIdentity:
 
 
 def market_identity(home: Path, hosts: Sequence[str], now: datetime.datetime) -> MarketIdentity:
-    """Return the identity kept in a folder, made on first use; a server certificate that lacks a host is made anew.
+    """Return the identity kept in a folder, made on first use.
 
-    TLS keys are ECDSA on P-256, since gRPC's TLS knows no Ed25519 certificates.  Raises UsageError for key files that others can read.
+    A server certificate for other hosts, that ends soon, or that does not fit its key or authority is made anew under the same authority.
+    TLS keys are ECDSA on P-256, since gRPC's TLS knows no Ed25519 certificates.
+    Raises UsageError for key files that others can read, a missing or damaged authority, and names that are no host names.
     """
     ca_file, ca_key_file = home / "ca.crt", home / "ca.key"
-    names = sorted({*LOOPBACK, *hosts})
+    names = sorted({_canonical(host) for host in (*LOOPBACK, *hosts)})
     market_key = signing_key(home / "market.key")
     if not ca_file.exists():
         key, certificate = _make_authority(now)
         write_durably(ca_key_file, _pem(key))
         write_durably(ca_file, _public_pem(certificate), 0o644)
+    elif ca_key_file.exists():
+        read_secret(ca_key_file)  # not needed today, but whoever could read it can be this market tomorrow
     server_file, server_key_file = home / "server.crt", home / "server.key"
-    if not server_file.exists() or _names_of(server_file.read_bytes()) != names:
+    if not _serves(server_file, server_key_file, ca_file, names, now):
+        if not ca_key_file.exists():
+            raise UsageError(f"{ca_key_file}: missing, and a new server certificate is needed", hint="restore it from a backup")
         key, certificate = _make_server(read_secret(ca_key_file), ca_file.read_bytes(), names, now)
         write_durably(server_key_file, _pem(key))
         write_durably(server_file, _public_pem(certificate), 0o644)
@@ -132,10 +143,42 @@ def _general_name(name: str) -> x509.GeneralName:
         return x509.DNSName(name)
 
 
-def _names_of(pem: bytes) -> list[str]:
+def _canonical(host: str) -> str:
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        if not HOST.fullmatch(host):
+            hint = "an international name is written in its xn-- form"
+            raise UsageError(f"name: expected a host name or an IP address, got {host!r}", hint=hint) from None
+    return host.lower()
+
+
+def _serves(server_file: Path, key_file: Path, ca_file: Path, names: Sequence[str], now: datetime.datetime) -> bool:
+    """Return whether the stored certificate can go on: a process that is killed between two files leaves a pair that cannot."""
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import serialization
+
+    try:
+        ca = x509.load_pem_x509_certificate(ca_file.read_bytes())
+    except ValueError:
+        raise UsageError(f"{ca_file}: expected a PEM certificate", hint="restore it from a backup") from None
+    if not server_file.exists() or not key_file.exists():
+        return False
+    try:
+        certificate = x509.load_pem_x509_certificate(server_file.read_bytes())
+        key = serialization.load_pem_private_key(read_secret(key_file), None)
+        certificate.verify_directly_issued_by(ca)
+    except (ValueError, InvalidSignature):
+        return False
+    left = certificate.not_valid_after_utc - now
+    return _names_of(certificate) == names and key.public_key() == certificate.public_key() and left > datetime.timedelta(days=RENEW_DAYS)
+
+
+def _names_of(certificate: x509.Certificate) -> list[str]:
     from cryptography import x509
 
-    extension = x509.load_pem_x509_certificate(pem).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     return sorted(str(name.value) for name in extension.value)
 
 

@@ -39,6 +39,14 @@ class Matcher:
         self._index: EncodedIndex | None = None
         self._head: tuple[int, bytes] = (0, b"")
 
+    def warm_up(self) -> None:
+        """Compile the kernels now, seconds on a new machine, rather than while the first querier waits."""
+        from protocol.encryption import QUERY_BYTES, EncryptedQuery, MatchPlan
+        from protocol.evaluation import EncodedIndex, evaluate
+
+        plan = MatchPlan.build(1, self._map.dimension)
+        evaluate(EncodedIndex.build(np.zeros((1, self._map.dimension)), plan), EncryptedQuery.from_bytes(bytes(QUERY_BYTES), plan))
+
     def answer(self, size: int, head: bytes, query: bytes) -> Answer:
         """Return the encrypted scores of all releases of the catalogue at (size, head).
 

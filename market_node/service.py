@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -44,7 +44,9 @@ UPLOAD_S = 30.0  # a query must have arrived by then
 ADAPTER_S = 120.0
 QUERIES_AT_ONCE = 32  # bodies held in memory; more are refused, not queued
 UPLOADS_AT_ONCE = 8
-ENTRIES_A_CHUNK = 256
+ENTRIES_A_READ = 256
+MAX_DEADLINE_S = ADAPTER_S + 5.0
+MAX_DETAILS = 500  # characters; an error may name a field that a stranger chose, and gRPC refuses trailers beyond 8 KiB
 
 Answer = TypeVar("Answer")
 
@@ -54,12 +56,20 @@ async def refuse(context: grpc.aio.ServicerContext, error: Exception) -> None:
     for kind, status in STATUSES:
         if isinstance(error, kind):
             hint = f" ({error.hint})" if isinstance(error, VeilmartError) and error.hint else ""
-            await context.abort(status, f"{error}{hint}", trailing_metadata=((CODE_KEY, kind.code),))
+            code = error.code if isinstance(error, VeilmartError) else kind.code
+            await context.abort(status, f"{error}{hint}"[:MAX_DETAILS], trailing_metadata=((CODE_KEY, code),))
     if isinstance(error, TimeoutError):
         await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the request did not arrive in time")
     incident = secrets.token_hex(8)
     log.error("internal incident=%s kind=%s", incident, type(error).__name__, exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, f"internal error, incident {incident}")
+
+
+def check_deadline(context: grpc.aio.ServicerContext) -> None:
+    """Raise UsageError unless the client waits at most MAX_DEADLINE_S: without a deadline, one that stops reading holds its memory here."""
+    left = context.time_remaining()
+    if left is None or left > MAX_DEADLINE_S:
+        raise UsageError(f"deadline: expected one of at most {MAX_DEADLINE_S:.0f} s, got {'none' if left is None else f'{left:.0f} s'}")
 
 
 def answering(handler: Callable[..., Awaitable[Answer]]) -> Callable[..., Awaitable[Answer]]:
@@ -68,6 +78,7 @@ def answering(handler: Callable[..., Awaitable[Answer]]) -> Callable[..., Awaita
     @functools.wraps(handler)
     async def run(self: MarketService, request: Any, context: grpc.aio.ServicerContext) -> Answer:
         try:
+            check_deadline(context)
             return await handler(self, request, context)
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
@@ -84,6 +95,7 @@ def streaming(handler: Callable[..., AsyncIterator[Answer]]) -> Callable[..., As
     @functools.wraps(handler)
     async def run(self: MarketService, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Answer]:
         try:
+            check_deadline(context)
             async for message in handler(self, request, context):
                 yield message
         except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
@@ -92,6 +104,20 @@ def streaming(handler: Callable[..., AsyncIterator[Answer]]) -> Callable[..., As
             await refuse(context, error)
 
     return run
+
+
+def in_chunks(entries: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Yield the entries in order, in lists of at most CHUNK_BYTES together (an entry is never longer than that)."""
+    chunk: list[bytes] = []
+    size = 0
+    for entry in entries:
+        if chunk and size + len(entry) > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(entry)
+        size += len(entry)
+    if chunk:
+        yield chunk
 
 
 class MarketService(MarketServicer):
@@ -104,6 +130,7 @@ class MarketService(MarketServicer):
         # One thread writes and reads the store; one evaluates.  The event loop never waits for disk or arithmetic.
         self._storing = ThreadPoolExecutor(1, "store")
         self._matching = ThreadPoolExecutor(1, "match")
+        self._matching.submit(self._matcher.warm_up)
         self._queries = asyncio.Semaphore(QUERIES_AT_ONCE)
         self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
 
@@ -154,9 +181,10 @@ class MarketService(MarketServicer):
         del context
         size, head = await self._store_call(self._store.head)
         rows = request.form == pb.CATALOGUE_FORM_ROWS
-        for start in range(request.from_index, size, ENTRIES_A_CHUNK):
-            stop = min(start + ENTRIES_A_CHUNK, size)
-            yield pb.CatalogueChunk(entries=await self._store_call(self._store.catalogue, start, stop, rows=rows))
+        for start in range(request.from_index, size, ENTRIES_A_READ):
+            stop = min(start + ENTRIES_A_READ, size)
+            for entries in in_chunks(await self._store_call(self._store.catalogue, start, stop, rows=rows)):
+                yield pb.CatalogueChunk(entries=entries)
         yield pb.CatalogueChunk(head=self._signed(size, head))
 
     @answering
@@ -204,7 +232,8 @@ class MarketService(MarketServicer):
             work = functools.partial(self._matcher.answer, first.catalogue_size, bytes(first.catalogue_head), query)
             answer = await loop.run_in_executor(self._matching, work)
         for start in range(0, len(answer.data), CHUNK_BYTES):
-            yield pb.ScoresChunk(data=answer.data[start : start + CHUNK_BYTES], server_cpu_ns=answer.cpu_ns)
+            last = start + CHUNK_BYTES >= len(answer.data)
+            yield pb.ScoresChunk(data=answer.data[start : start + CHUNK_BYTES], server_cpu_ns=answer.cpu_ns if last else 0)
 
     async def _receive_query(self, chunks: AsyncIterator[pb.MatchChunk]) -> tuple[pb.MatchChunk, bytes]:
         first: pb.MatchChunk | None = None

@@ -45,6 +45,7 @@ class Store:
 
     def __init__(self, engine: Engine, adapters: Path) -> None:
         self._engine, self._adapters = engine, adapters
+        self._writing = engine.execution_options(veilmart_writes=True)
 
     @classmethod
     def open(cls, home: Path) -> Store:
@@ -54,10 +55,9 @@ class Store:
         adapters.mkdir(exist_ok=True, mode=0o700)
         for half_written in adapters.glob(".upload-*"):  # a killed process leaves these; nothing was acknowledged for them
             half_written.unlink()
-        engine = create_engine(f"sqlite:///{home / 'market.db'}")
+        engine = create_engine(f"sqlite:///{home / 'market.db'}", hide_parameters=True)  # they would reach the log in an error's text
         event.listen(engine, "connect", _configure)
-        # SQLite's driver begins transactions too late for a read followed by a write; begin them ourselves, as writers.
-        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        event.listen(engine, "begin", _begin)
         METADATA.create_all(engine)
         return cls(engine, adapters)
 
@@ -70,7 +70,7 @@ class Store:
 
         Raises AlreadyPublished if the owner published other bytes under this release number.
         """
-        with self._engine.begin() as db:
+        with self._writing.begin() as db:
             size, head = _head(db)
             known = db.execute(select(RELEASES.c.position).where(RELEASES.c.release_id == release.release_id)).first()
             if known:
@@ -156,8 +156,10 @@ class AdapterUpload:
 
     def close(self) -> None:
         """Drop what was not finished."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        try:
+            self._file.close()  # writes what is buffered, which a full disk refuses
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
 
 def read_chunks(path: Path, size: int) -> Iterator[bytes]:
@@ -172,6 +174,13 @@ def _configure(connection: Any, record: object) -> None:
     connection.isolation_level = None  # transactions are ours, see "begin" above
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin(connection: Any) -> None:
+    # SQLite's driver begins transactions too late for a read followed by a write, so we begin them: a writer takes its lock before it
+    # reads, or another could append in between; a reader takes none, or it would stop the writer.
+    writes = connection.get_execution_options().get("veilmart_writes")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _head(db: Any) -> tuple[int, bytes]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import threading
 
 import grpc
 import numpy as np
@@ -12,6 +13,7 @@ from market_node import service as services
 from market_node.service import STATUSES
 from protocol.catalogue import EMPTY_HEAD, open_rows
 from protocol.channel import CHUNK_BYTES, CODE_KEY, connect
+from protocol.codec import canonical_json, domain_tag
 from protocol.encryption import DATA_PRIME, PROFILE, QUERY_BYTES, MatchPlan, QueryKey
 from protocol.errors import VeilmartError
 from protocol.release import AdapterReference
@@ -194,6 +196,79 @@ def test_a_querier_that_disconnects_mid_stream_leaves_the_market_serving(stub):
         with pytest.raises(grpc.RpcError):
             list(stub.Match(half(), timeout=10))
     assert match(stub, data)
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(market):
+    stub, store = market
+    before = set(store._adapters.iterdir())
+
+    def half():
+        yield pb.AdapterChunk(digest=bytes(32), size_bytes=1 << 20, data=bytes(CHUNK_BYTES))
+        raise RuntimeError("the owner's process died")
+
+    for _ in range(2 * services.UPLOADS_AT_ONCE):  # more than there are places
+        with pytest.raises(grpc.RpcError):
+            stub.UploadAdapter(half(), timeout=10)
+    upload(stub, hashlib.sha256(b"next").digest(), 4, b"next")
+    assert {path.name for path in set(store._adapters.iterdir()) - before} == {hashlib.sha256(b"next").hexdigest()}
+
+
+@pytest.fixture
+def silence():
+    """Yield a function that makes a stream of one message and then nothing, until the test is over."""
+    over = threading.Event()
+
+    def stream(first):
+        yield first
+        over.wait(20)
+
+    yield stream
+    over.set()
+
+
+def test_a_query_that_stops_coming_is_ended_and_its_place_given_back(stub, silence, monkeypatch):
+    _, data = honest_query(stub)
+    monkeypatch.setattr(services, "UPLOAD_S", 0.1)
+    first = pb.MatchChunk(profile=PROFILE, map_id=MAP.map_id, data=data[:CHUNK_BYTES])
+    calls = [stub.Match(silence(first), timeout=10) for _ in range(services.QUERIES_AT_ONCE)]
+    for call in calls:
+        assert refused(lambda call=call: list(call))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+    monkeypatch.undo()
+    assert match(stub, data)
+
+
+def test_a_query_beyond_the_last_place_is_refused_at_once(market, silence):
+    stub, _ = market
+    _, data = honest_query(stub)
+    first = pb.MatchChunk(profile=PROFILE, map_id=MAP.map_id)
+    calls = [stub.Match(silence(first), timeout=10) for _ in range(services.QUERIES_AT_ONCE)]
+    described(stub)  # the calls above went out first on this connection
+    assert refused(lambda: match(stub, data)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "quota")
+    for call in calls:
+        call.cancel()
+
+
+@pytest.mark.parametrize("timeout", [None, 3600])
+def test_a_call_without_an_end_is_refused(stub, timeout):
+    expected = (grpc.StatusCode.INVALID_ARGUMENT, "usage")
+    assert refused(lambda: stub.Describe(pb.DescribeRequest(), timeout=timeout)) == expected
+    assert refused(lambda: list(stub.SyncCatalogue(pb.SyncRequest(), timeout=timeout))) == expected
+
+
+def test_an_error_keeps_its_own_code_and_its_text_stays_short(stub):
+    later = domain_tag("release", 2) + bytes(200)
+    assert refused(lambda: publish(stub, later)) == (grpc.StatusCode.INVALID_ARGUMENT, "format.version")
+    text = canonical_json({"a" * 12_000: 1})
+    long = domain_tag("release", 1) + len(text).to_bytes(4, "little") + text + bytes(72)
+    assert refused(lambda: publish(stub, long)) == (grpc.StatusCode.INVALID_ARGUMENT, "format")
+
+
+@pytest.mark.parametrize("sizes", [[], [10], [CHUNK_BYTES, 1, CHUNK_BYTES], [40_000] * 5, [100] * 2000])
+def test_entries_travel_in_order_and_in_small_chunks(sizes):
+    entries = [position.to_bytes(2, "little") * (size // 2) + b"x" * (size % 2) for position, size in enumerate(sizes)]
+    chunks = list(services.in_chunks(entries))
+    assert [entry for chunk in chunks for entry in chunk] == entries
+    assert all(0 < sum(map(len, chunk)) <= CHUNK_BYTES for chunk in chunks)
 
 
 def test_what_was_not_raised_on_purpose_tells_an_incident_and_no_more(tmp_path, caplog):

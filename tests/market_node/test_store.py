@@ -97,6 +97,24 @@ def test_a_killed_market_keeps_everything_it_acknowledged(tmp_path):
     store.close()
 
 
+def test_a_reader_does_not_stop_the_writer(store):
+    append(store, ENVELOPES[0])
+    with store._engine.connect() as reader:
+        assert reader.exec_driver_sql("SELECT count(*) FROM release").scalar() == 1
+        assert append(store, ENVELOPES[1]).position == 1
+        assert reader.exec_driver_sql("SELECT count(*) FROM release").scalar() == 1  # one transaction sees one state
+
+
+def test_an_upload_that_a_full_disk_stops_leaves_nothing(store):
+    upload = store.receive_adapter(bytes(32), 1 << 20)
+    upload._file.close()
+    upload._file = open("/dev/full", "wb")  # noqa: SIM115 - the upload closes it
+    upload.write(b"buffered, so that only close() meets the full disk")
+    with pytest.raises(OSError, match="No space left"):
+        upload.close()
+    assert not list(store._adapters.iterdir())
+
+
 def test_a_half_written_adapter_is_swept_at_the_start(tmp_path):
     Store.open(tmp_path).close()
     leftover = tmp_path / "adapters" / ".upload-dead"

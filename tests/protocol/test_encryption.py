@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from protocol.encryption import DATA_PRIME, DEGREE, QUERY_BYTES, EncryptedQuery, EncryptedScores, Layout, MatchPlan, QueryKey
 from protocol.errors import FeatureNormError, FormatError, IncompatibleSpecification
 from protocol.evaluation import EncodedIndex, evaluate
+from protocol.hazmat.seal import saved
 
 PLAN = MatchPlan.build(100, 64)
 
@@ -146,3 +148,29 @@ def test_an_answer_made_under_another_key_is_noticed():
     _, scores = asked()
     with pytest.raises(FormatError, match="implausible"):
         key.decrypt(scores, np.ones(100))
+
+
+def test_a_score_where_no_row_is_is_noticed_although_it_is_possible():
+    """The market slips in a row: every cosine is below 1, and only the slots beyond the catalogue tell."""
+    larger = MatchPlan(101, 64, PLAN.layout, PLAN.groups, PLAN.baby)
+    index = EncodedIndex.build(np.vstack([ROWS, QUERY]), larger)
+    key = QueryKey.fresh(PLAN)
+    query = key.encrypt(QUERY)
+    answer = evaluate(index, EncryptedQuery(larger, query.ciphertext, query.keys))
+    with pytest.raises(FormatError, match="implausible"):
+        key.decrypt(EncryptedScores(PLAN, answer.tiles), np.ones(100))
+
+
+def test_files_for_seal_are_private_and_gone_even_after_an_error():
+    seen: list[Path] = []
+
+    class Unsaveable:
+        def save(self, path: str) -> None:
+            seen.append(Path(path).parent)
+            assert seen[0].stat().st_mode & 0o077 == 0
+            Path(path).write_bytes(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        saved(Unsaveable())
+    assert not seen[0].exists()

@@ -26,10 +26,12 @@ def test_encrypted_scores_are_the_inner_products(rows, dimension):
     got = key.decrypt(evaluate(EncodedIndex.build(matrix, plan), key.encrypt(query)), np.ones(rows))
     exact = matrix @ query
     error = np.abs(got - exact)
-    assert np.sqrt((error**2).mean()) <= 1e-4
-    assert error.max() <= 1e-3
+    # A fresh key draws fresh noise, and some keys are noisier than others: over 150 to 400 keys a plan the median rms was 3e-5 and the
+    # worst single error 1.1e-3 (32 baby steps).  Three times that leaves no false alarm to expect.
+    assert np.sqrt((error**2).mean()) <= 2e-4
+    assert error.max() <= 3e-3
     first, second = np.sort(exact)[::-1][:2] if rows > 1 else (1, 0)
-    assert first - second < 1e-3 or got.argmax() == exact.argmax()
+    assert first - second < 6e-3 or got.argmax() == exact.argmax()
 
 
 def test_rows_and_queries_of_any_length_come_out_at_their_scale():
