@@ -19,7 +19,9 @@ from protocol.errors import NotFound, UsageError, VeilmartError
 if TYPE_CHECKING:
     from nodes.base_model import BaseModel
     from nodes.finetune import Recipe
+    from protocol.catalogue import Catalogue
     from protocol.features import FeatureMap
+    from protocol.scoring import Ranking
 
 
 def default_home() -> Path:
@@ -211,7 +213,7 @@ def find(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find the specialist that suits a private task.  Exit code 3 if there is none.
+    """Find the specialist that suits a private task.  Exit code 3 if there is none, or if the noise does not let it tell.
 
     Example: veilmart find task.jsonl --market 127.0.0.1:7443 --ca ca.crt -k 3
     """
@@ -239,7 +241,7 @@ def find(
             {
                 "id": match.release_id.hex(), "title": found.name_of(match.release_id), "rank": match.rank, "score": match.llr,
                 "std": match.std, "gap_to_next": match.gap_to_next if match.rank < len(found.ranking.matches) else None, "tie": match.tie,
-                "distance": match.distance,
+                "distance": match.distance, "resolution": match.resolution,
             }
             for match in shown
         ],
@@ -269,7 +271,7 @@ def find(
             console.say(f'next: veilmart ask -m {found.name_of(shown[0].release_id)} "..."')
     if not matched:
         if not (as_json or quiet):
-            console.say("no suitable learnware: the best one is another task than yours; the base model is likely as good")
+            console.say(_why_not(found.ranking, found.catalogue))
         raise typer.Exit(NotFound.exit_code)
 
 
@@ -449,6 +451,20 @@ def _print(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
         console.print_json(result)
     else:
         console.print_lines(*lines)
+
+
+def _why_not(ranking: Ranking, catalogue: Catalogue) -> str:
+    from protocol.scoring import Verdict
+
+    if ranking.verdict is Verdict.NONE:
+        return "no suitable learnware: the best one is another task than yours; the base model is likely as good"
+    best = ranking.matches[0]
+    count = catalogue.columns(1).counts[catalogue.release_ids.index(best.release_id)]
+    # The test's resolution is governed by the noise variance of the mean, which falls with the square of the number of records.
+    return (
+        f"cannot tell: from about {count:.0f} records at this epsilon the noise hides the difference between related tasks; "
+        f"about {count * best.resolution**0.5:.0f} records, or an epsilon {best.resolution**0.5:.1f} times as large, would do"
+    )
 
 
 def _show_map(feature_map: FeatureMap, as_json: bool) -> None:

@@ -29,7 +29,7 @@ def canonical_json(metadata: Mapping[str, Any]) -> bytes:
     _check_plain(metadata, "metadata")
     try:
         return rfc8785.dumps(dict(metadata))
-    except rfc8785.CanonicalizationError as error:
+    except (rfc8785.CanonicalizationError, UnicodeError) as error:  # a lone surrogate is no text
         raise FormatError(f"metadata: not expressible in RFC 8785 ({type(error).__name__})") from None
 
 

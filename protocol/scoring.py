@@ -18,6 +18,8 @@ from protocol.features import FeatureMap, ScoringConstants
 # Owner's and user's texts drift apart by more than sampling, and overstating the query size makes the model prefer noisy releases.
 MAX_QUERY_SIZE = 16
 TIE_STDS = 2.0
+# Related tasks lie at about this share of the public tasks' mutual distance; a test that cannot see that far decides nothing.
+SEPARATION = 0.07
 
 
 class Verdict(StrEnum):
@@ -25,6 +27,7 @@ class Verdict(StrEnum):
 
     MATCH = "match"
     NONE = "none"
+    CANNOT_TELL = "cannot tell"  # the noise leaves the test without power to keep related tasks apart
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +71,7 @@ class Scores:
     llr: NDArray[np.float64]  # log-likelihood ratio "same task" against "another task", nats
     std: NDArray[np.float64]  # its standard deviation under the release's known noise
     distance: NDArray[np.float64]  # d2/sd0: near 0 under "same task" whatever the domain
+    resolution: NDArray[np.float64]  # smallest squared distance that the test can see, in units of that between related tasks
 
 
 def score(inner_products: NDArray[np.float64], columns: Columns, sketch: Sketch, feature_map: FeatureMap) -> Scores:
@@ -92,7 +96,8 @@ def score(inner_products: NDArray[np.float64], columns: Columns, sketch: Sketch,
     trace, trace_of_square = float(np.trace(sketch.covariance)), float((sketch.covariance**2).sum())
     d2 = own - 2 * inner_products + norms - used * noise - trace * sampling
     sd0 = np.sqrt(2 * (sampling**2 * trace_of_square + 2 * sampling * noise * trace + used * noise**2))
-    return Scores(llr, std, d2 / sd0)
+    resolution = constants.threshold * sd0 / (SEPARATION * used * constants.between)
+    return Scores(llr, std, d2 / sd0, resolution)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,7 @@ class Match:
     gap_to_next: float  # infinity for the last
     tie: bool  # the gap is below two standard deviations of the difference
     distance: float
+    resolution: float  # above 1 the test has no power
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +126,8 @@ class Ranking:
 def rank(scores: Scores, catalogue: Catalogue, sketch: Sketch) -> Ranking:
     """Return the ranking by LLR with error bars and ties, and the verdict on the best release.
 
-    The verdict is "match" only where the two-sample test does not reject "same task" and the evidence is positive: a release
-    that is all noise is close to everything, but its LLR is about zero.
+    The verdict is "match" only where the two-sample test does not reject "same task", the evidence is positive, and the test could have
+    told a related task: a release that is all noise is close to everything, but its LLR is about zero and its resolution far above 1.
     """
     threshold = constants_for(catalogue.feature_map, sketch.views).threshold
     order = np.argsort(-scores.llr, kind="stable")
@@ -131,6 +137,15 @@ def rank(scores: Scores, catalogue: Catalogue, sketch: Sketch) -> Ranking:
         following = order[place + 1] if place + 1 < len(order) else None
         gap = float(scores.llr[i] - scores.llr[following]) if following is not None else float("inf")
         tie = following is not None and gap < TIE_STDS * float(np.hypot(scores.std[i], scores.std[following]))
-        matches.append(Match(ids[i], place + 1, float(scores.llr[i]), float(scores.std[i]), gap, tie, float(scores.distance[i])))
-    found = bool(matches) and matches[0].llr > 0 and matches[0].distance <= threshold
-    return Ranking(tuple(matches), Verdict.MATCH if found else Verdict.NONE, threshold)
+        llr, std, distance, resolution = (float(column[i]) for column in (scores.llr, scores.std, scores.distance, scores.resolution))
+        matches.append(Match(ids[i], place + 1, llr, std, gap, tie, distance, resolution))
+    best = matches[0] if matches else None
+    verdict = verdict_of(best.llr, best.distance, best.resolution, catalogue.feature_map, sketch.views) if best else Verdict.NONE
+    return Ranking(tuple(matches), verdict, threshold)
+
+
+def verdict_of(llr: float, distance: float, resolution: float, feature_map: FeatureMap, views: int) -> Verdict:
+    """Return the verdict on one release from its scores (docs/protocol.md 5.3 and 5.4)."""
+    if llr <= 0 or distance > constants_for(feature_map, views).threshold:
+        return Verdict.NONE
+    return Verdict.MATCH if resolution <= 1 else Verdict.CANNOT_TELL

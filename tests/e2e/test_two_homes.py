@@ -10,6 +10,7 @@ from tests.e2e.processes import market_process, veilmart
 
 pytestmark = pytest.mark.slow
 OWNERS = ("bank-letters", "rail-desk")
+EPSILON = ("--epsilon", "2")  # 110 records at 2 support a trustworthy verdict; at 1 the answer would be "cannot tell"
 
 
 def write_task(path, name, split, count):
@@ -26,15 +27,15 @@ def published(tmp_path_factory, slm_directory):
     with market_process(root / "market-home") as (started, _):
         market = ("--market", started["address"], "--ca", started["ca"])
         for owner in OWNERS:
-            data = write_task(root / f"{owner}.jsonl", owner, "train", 100)
+            data = write_task(root / f"{owner}.jsonl", owner, "train", 110)
             home = root / f"home-{owner}"
             plan = json.loads(veilmart("node", "publish", "--data", data, "--dry-run", "--json", *base, home=home))
             assert plan["spent"] == 0.0
             assert plan["payload"] == "<65 integers, not drawn>"
-            done = json.loads(veilmart("node", "publish", "--data", data, *market, "--json", *base, home=home))
+            done = json.loads(veilmart("node", "publish", "--data", data, *market, *EPSILON, "--json", *base, home=home))
             assert done["epsilon_adapter"] == "none"
             assert done["epsilon_total"] == "unbounded"
-            again = json.loads(veilmart("node", "publish", "--data", data, *market, "--json", *base, home=home))
+            again = json.loads(veilmart("node", "publish", "--data", data, *market, *EPSILON, "--json", *base, home=home))
             assert (again["release_id"], again["spent"]) == (done["release_id"], done["spent"])
         yield root, market, base
 

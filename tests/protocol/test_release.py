@@ -86,6 +86,12 @@ def test_json_with_other_spacing_is_refused():
         open_envelope(resigned(MAGIC + struct.pack("<I", len(text)) + text + BODY[start + size :]))
 
 
+def test_text_that_is_no_unicode_is_refused():
+    text = b'{"\\ud800":1}'
+    with pytest.raises(FormatError):
+        open_envelope(resigned(MAGIC + struct.pack("<I", len(text)) + text + bytes(20)))
+
+
 def test_another_key_cannot_sign_for_the_owner():
     with pytest.raises(InvalidSignature):
         open_envelope(BODY + Ed25519PrivateKey.generate().sign(BODY))

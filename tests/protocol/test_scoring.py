@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from protocol.catalogue import Columns
+from protocol.catalogue import ROW, Catalogue, Columns, Head
 from protocol.features import ScoringConstants
-from protocol.scoring import MAX_QUERY_SIZE, Sketch, Verdict, score, sketch_of
+from protocol.scoring import MAX_QUERY_SIZE, Sketch, Verdict, rank, score, sketch_of
 from tests.protocol.worlds import features, small_map
 
 MAP = small_map()
@@ -75,6 +75,16 @@ def test_a_release_that_is_all_noise_never_wins():
     assert abs(scores.llr[1]) < 0.1
 
 
+@pytest.mark.parametrize(("noise", "verdict"), [(0.005, Verdict.MATCH), (0.1, Verdict.CANNOT_TELL)])
+def test_noise_that_hides_related_tasks_gives_no_match(noise, verdict):
+    """The same true pair: a match where the test has power, and an honest "cannot tell" where it has none."""
+    q = np.full(4, 0.15)
+    sketch, columns = Sketch(q, np.eye(4) * 1e-3, 50, 2), columns_of(q[None], np.array([500.0]), np.array([noise]))
+    scores = score(np.array([q @ q]), columns, sketch, MAP)
+    head = Head(1, bytes(32), b"")
+    assert rank(scores, Catalogue(MAP, np.zeros(1, ROW), ("a",), head), sketch).verdict is verdict
+
+
 def test_a_query_of_prompts_says_nothing_about_the_second_view():
     z = features(20, 1)
     sketch = sketch_of(z, MAP, 1)
@@ -87,4 +97,4 @@ def test_one_text_uses_the_public_covariance():
 
 
 def test_the_verdicts_are_the_documented_words():
-    assert {str(verdict) for verdict in Verdict} == {"match", "none"}
+    assert {str(verdict) for verdict in Verdict} == {"match", "none", "cannot tell"}
