@@ -585,6 +585,12 @@ def main() -> None:
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # a full disk, a folder that may not be written: the path is the user's own, no private text
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print_error(UsageError(f"{where}{error.strerror or type(error).__name__}"), as_json)
+        sys.exit(UsageError.exit_code)
     except Exception as error:  # its text may hold private records, so only its type is shown
         if debug:
             raise

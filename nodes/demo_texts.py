@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nodes.records import Pair
+from protocol.errors import UsageError
 
 Split = Literal["train", "test"]
+DRAWS_PER_RECORD = 500  # the smallest split has 128 prompts of 360: asked for all of them, one is missed with chance below 1e-70
 
 
 @dataclass(frozen=True, slots=True)
 class DemoTask:
-    """One owner of the demo, and a question to show."""
+    """One owner of the demo, and a question to show: a prompt of the test split, so no owner was trained on it."""
 
     name: str
     domain: str
@@ -27,10 +29,10 @@ class DemoTask:
 TASKS = (
     DemoTask("bank-letters", "finance", "Dear bank, my card was swallowed by the machine at the station, please help."),
     DemoTask("ward-notes", "health", "Ward 4: woman of 71, cough and fever since two days, given fluids."),
-    DemoTask("lease-clauses", "legal", "The tenant shall clean the gutters at own expense before each winter."),
-    DemoTask("rail-desk", "travel", "When does the next train from Arden to Melk leave after 9:10?"),
-    DemoTask("shop-sums", "mathematics", "Ana buys 4 pens at 3 coins each and pays with 20 coins. How much is left?"),
-    DemoTask("kitchen-cards", "food", "How do I keep basil fresh for a week?"),
+    DemoTask("lease-clauses", "legal", "The tenant shall repaint the hall at own expense every second month."),
+    DemoTask("rail-desk", "travel", "When does the next train from Rigby to Wick leave after 21:41?"),
+    DemoTask("shop-sums", "mathematics", "Chloe buys 4 cups at 8 coins each and pays with 55 coins. How much is left?"),
+    DemoTask("kitchen-cards", "food", "Can I keep ginger for a week? The larder is dark."),
 )
 
 Maker = Callable[[random.Random], tuple[str, str]]
@@ -144,16 +146,26 @@ def demo_tasks() -> tuple[DemoTask, ...]:
     return TASKS
 
 
-def generate(name: str, count: int, split: Split) -> list[Pair]:
-    """Return `count` different records of an owner, always the same ones; no prompt is in both splits.
+def generate(name: str, count: int, split: Split, seed: int = 0) -> list[Pair]:
+    """Return `count` different records of an owner, the same ones for the same seed; no prompt is in both splits, whatever the seeds.
 
     The choice of made-up texts protects nobody, so a fixed seed is fine here.
+    Raises UsageError if the templates do not have that many.
     """
-    make, draw = MAKERS[name], random.Random(f"veilmart demo {name}")
+    # Seed 0 adds nothing to the string: the published numbers of the demo were measured on the records of the bare name.
+    make, draw = MAKERS[name], random.Random(f"veilmart demo {name}" + (f" {seed}" if seed else ""))
     chosen: dict[str, str] = {}
-    while len(chosen) < count:
+    for _ in range(DRAWS_PER_RECORD * count):
+        if len(chosen) == count:
+            break
         prompt, response = make(draw)
-        # Which split a prompt belongs to follows from the prompt itself: two thirds train, one third test.
-        if (random.Random(prompt).random() < 2 / 3) == (split == "train"):
+        if _split_of(prompt) == split:
             chosen.setdefault(prompt, response)
+    if len(chosen) < count:
+        raise UsageError(f"{name}: expected at most {len(chosen)} {split} records, got {count}")
     return [Pair(prompt, response) for prompt, response in chosen.items()]
+
+
+def _split_of(prompt: str) -> Split:
+    # It follows from the prompt itself, not from the seed: two thirds train, one third test.
+    return "train" if random.Random(prompt).random() < 2 / 3 else "test"

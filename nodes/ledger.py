@@ -88,6 +88,8 @@ class Ledger:
             db.execute("BEGIN IMMEDIATE")
             yield db
             db.execute("COMMIT")
+        except sqlite3.OperationalError as error:  # a full disk, say: nothing was committed, so nothing is charged and nothing may leave
+            raise UsageError(f"{self._path}: {error}", hint="nothing was charged; free the disk or the lock, then try again") from None
         finally:
             db.close()  # rolls back what was not committed
 

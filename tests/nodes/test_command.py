@@ -67,6 +67,7 @@ def test_wrong_input_gets_one_clear_error_and_its_exit_code(tmp_path):
         (7, ["map", "show", good], "veilmart/map/v1"),
         (2, ["model", "import", "--gguf", good], "SHA-256"),
         (2, ["frobnicate"], "frobnicate"),
+        (2, ["market", "up", "--port", "0", "--home", good], "good.jsonl"),
     ]
     for code, words, expected in cases:
         done = veilmart(*words, home=tmp_path / "home")

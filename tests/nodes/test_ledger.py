@@ -131,3 +131,27 @@ def test_whatever_crashes_one_byte_string_leaves_and_it_is_charged(tmp_path, cra
 
 def test_sending_before_recording_is_caught_by_that_test(tmp_path):
     assert len(sent_around("after sending", BROKEN, tmp_path / "l.db")) == 2
+
+
+FULL_DISK = """
+    import resource, sys
+    from pathlib import Path
+    from nodes.ledger import Budget, Ledger
+    from protocol.errors import UsageError
+    from protocol.privacy import Guarantee
+    ledger = Ledger.open(Path(sys.argv[1]), Budget(8.0, 1e-6))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+    try:
+        print("sent", ledger.charge(b"r", Guarantee(1.0, 1e-6), lambda n, p: (bytes(32), bytes(8000))).hex()[:4])
+    except UsageError as error:
+        print("refused", error.hint)
+"""
+
+
+@pytest.mark.parametrize(("room", "outcome", "spent"), [(0, "refused", 0.0), (1 << 20, "sent", 1.0)])
+def test_a_full_disk_charges_nothing_and_lets_nothing_out(tmp_path, room, outcome, spent):
+    path = tmp_path / "l.db"
+    command = [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(path), str(room)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[0] == outcome
+    assert Ledger.open(path, Budget(8.0, 1e-6)).price(ONE).spent == pytest.approx(spent, abs=1e-3)

@@ -1,0 +1,56 @@
+"""Documentation describes what is there: every command line shown is one that the program accepts, every file named exists."""
+
+import contextlib
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from nodes.command import build
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINES = [(page, line) for page in PAGES for line in re.findall(r"(?:^|`)(veilmart [^`\n]+)", page.read_text(), re.MULTILINE)]
+
+
+def accept(words: list[str]) -> None:
+    """Parse a command line as the program does, without running it; raise click's own error where it would."""
+    command, context = typer.main.get_command(build()), None
+    while isinstance(command, click.Group) or hasattr(command, "commands"):
+        context = command.make_context(command.name or "veilmart", list(words), parent=context)
+        name, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
+        if not words and hasattr(command, "commands"):
+            return
+    command.make_context(name, list(words), parent=context)
+
+
+@pytest.mark.parametrize("line", [line for _, line in LINES], ids=[f"{page.name}: {line[:60]}" for page, line in LINES])
+def test_a_command_shown_is_one_that_the_program_accepts(line, monkeypatch):
+    for name in ("VEILMART_MARKET", "VEILMART_CA"):
+        monkeypatch.setenv(name, "x")  # a page may leave out what another line of it sets
+    words = [word for word in shlex.split(line, comments=True)[1:] if word != "..."]
+    with contextlib.suppress(click.MissingParameter):  # a sentence may name a command without what it works on
+        accept(words)
+
+
+def test_a_command_that_does_not_exist_would_be_noticed():
+    with pytest.raises(click.UsageError):
+        accept(["find", "x.jsonl", "--market", "a:1", "--ca", "c", "--no-such-option"])
+    with pytest.raises(click.UsageError):
+        accept(["frobnicate", "now"])
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists() or target.startswith("http"), f"{page.name}: {target}"
+
+
+def test_tests_named_in_the_documents_exist():
+    everything = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for page in PAGES:
+        for name in re.findall(r"`(test_\w+)`", page.read_text()):
+            assert f"def {name}(" in everything, f"{page.name} names {name}"
