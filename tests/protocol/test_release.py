@@ -1,4 +1,5 @@
 import json
+import os
 import struct
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.errors import FormatError, InvalidSignature, UnsupportedVersion, VeilmartError
-from protocol.release import MAGIC, open_envelope
+from protocol.release import MAGIC, open_envelope, parse_release
 from tests.protocol.worlds import ADAPTER, envelope_of, small_map
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -122,6 +123,33 @@ def test_mutated_bytes_give_typed_errors_only(data):
     except VeilmartError:
         return
     assert release.body == bytes(mutated)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3000)
+def test_a_million_mutated_releases_give_typed_errors_only():
+    """Parsed without the signature, so that every mutation reaches the parser."""
+    rng, accepted = np.random.default_rng(11), 0
+    for _ in range(int(os.environ.get("VEILMART_FUZZ", "1000000"))):
+        mutated = bytearray(BODY)
+        for _ in range(rng.integers(1, 4)):
+            at = int(rng.integers(len(mutated)))
+            match rng.integers(4):
+                case 0:
+                    mutated[at] ^= 1 << int(rng.integers(8))
+                case 1:
+                    mutated[at] = rng.integers(256)
+                case 2:
+                    del mutated[at : at + int(rng.integers(1, 9))]
+                case 3:
+                    mutated[at:at] = rng.bytes(int(rng.integers(1, 9)))
+        try:
+            release = parse_release(bytes(mutated))
+        except VeilmartError:
+            continue
+        accepted += 1
+        assert release.body == bytes(mutated)
+    assert accepted, "mutated sums are other sums: some must be releases"
 
 
 def test_the_sums_are_little_endian_int32_at_the_end():
