@@ -37,7 +37,7 @@ def random_adapter(model: BaseModel) -> Adapter:
     adapted = with_lora(model.upper_layers(SPLIT, torch.float32), 4, 8)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
+        if "lora_" in name:  # both sides: what peft draws for A comes from the global generator and differs from run to run
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     return detach(adapted, model.model_id, 8, SPLIT)
 
