@@ -28,7 +28,7 @@ wire: setup
 # Without a GPU on Linux the CPU build of torch is asked for, which avoids gigabytes of CUDA packages.
 setup:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; set PYTHON=..."; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	@test -x $(BIN)/uv || $(BIN)/pip install -q 'uv>=0.12.20,<0.13' || true
 	@links="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}"; \
 	if [ -d "$$links" ]; then export UV_FIND_LINKS="$$links"; else unset UV_FIND_LINKS; fi; \

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -175,10 +175,11 @@ def node_publish(
     assert ca is not None
     with MarketClient(market, ca, home) as client:
         client.describe()  # before anything is trained or charged: is the market there, and is it the right one?
-        envelope = guard.release(order)
-        progress.close()
-        release = open_envelope(envelope)
-        file = guard.adapter_file(release)
+    envelope = guard.release(order)
+    progress.close()
+    release = open_envelope(envelope)
+    file = guard.adapter_file(release)
+    with MarketClient(market, ca, home) as client:
         if file is not None and release.adapter is not None:
             client.upload_adapter(release.adapter, file.read_bytes())
         index = client.publish(envelope)
@@ -226,8 +227,10 @@ def find(
 
     records, feature_map = read_records(file), default_map()
     with MarketClient(market, ca, home) as client:
-        client.describe()
-        sketch = sketch_task(records, _open_model(home, base), feature_map)
+        client.describe()  # before the model is loaded: is the market there?
+    # No call is open while the texts are read: the time that takes would tell how many there are.
+    sketch = sketch_task(records, _open_model(home, base), feature_map)
+    with MarketClient(market, ca, home) as client:
         found = (find_in_mirror if mirror else find_encrypted)(sketch, client, feature_map)
         price = prices(found.catalogue)
     shown = found.ranking.matches[:top]
@@ -271,7 +274,7 @@ def find(
             console.say(f'next: veilmart ask -m {found.name_of(shown[0].release_id)} "..."')
     if not matched:
         if not (as_json or quiet):
-            console.say(_why_not(found.ranking, found.catalogue))
+            console.say(_why_not(found.ranking, found.catalogue, sketch.size))
         raise typer.Exit(NotFound.exit_code)
 
 
@@ -453,12 +456,16 @@ def _print(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
         console.print_lines(*lines)
 
 
-def _why_not(ranking: Ranking, catalogue: Catalogue) -> str:
-    from protocol.scoring import Verdict
+def _why_not(ranking: Ranking, catalogue: Catalogue, query_size: int) -> str:
+    from protocol.scoring import MAX_QUERY_SIZE, Verdict
 
+    if not ranking.matches:
+        return "no suitable learnware: this market is empty"
     if ranking.verdict is Verdict.NONE:
         return "no suitable learnware: the best one is another task than yours; the base model is likely as good"
     best = ranking.matches[0]
+    if query_size < MAX_QUERY_SIZE:
+        return f"cannot tell: {query_size} texts say too little about your task; give at least {MAX_QUERY_SIZE}"
     count = catalogue.columns(1).counts[catalogue.release_ids.index(best.release_id)]
     # The test's resolution is governed by the noise variance of the mean, which falls with the square of the number of records.
     return (
@@ -486,17 +493,19 @@ def _show_plan(plan: Any, guarantee: Any, card: Any, as_json: bool) -> None:
     strength = plan.records * guarantee.epsilon
     result = {
         "schema": "veilmart.plan/1", "name": card.name, "records": plan.records, "epsilon": guarantee.epsilon, "delta": guarantee.delta,
-        "noise_std": plan.noise_std, "payload": f"<{plan.integers} integers, not drawn>",
+        "summary": card.summary, "licence": card.licence, "noise_std": plan.noise_std, "payload": f"<{plan.integers} integers, not drawn>",
         "adapter_guarantee": "none" if plan.trains_adapter else None,
         "asked": price.asked, "spent": price.spent, "total": price.total, "budget": price.limit, "n_times_epsilon": strength,
     }  # fmt: skip
     advice = "ranks nearly as without noise" if strength >= 100 else "few records for this epsilon: matches will be uncertain"
     specification = f"epsilon {guarantee.epsilon:g} at delta {guarantee.delta:g}, unit record; noise {plan.noise_std:,.0f} a coordinate"
+    weights = "; and the adapter's weights, made from your records" if plan.trains_adapter else ""
     adapter = "trained without differential privacy: guarantee none, total unbounded" if plan.trains_adapter else "none"
     lines = [
         f"records        {plan.records}   (stays here)",
         f"specification  {specification}",
-        f"what leaves    <{plan.integers} integers, not drawn>, your public key, the card, signed: under 1.5 kB",
+        f"what leaves    <{plan.integers} integers, not drawn>, your public key, the card, signed{weights}",
+        f"public card    name {card.name}; summary {card.summary or '-'}; licence {card.licence or '-'}",
         f"adapter        {adapter}",
         f"budget         spent {price.spent:.2f} + asked {price.asked:.2f} = {price.total:.2f} of {price.limit:.2f}",
         f"n x epsilon    {strength:.0f}: {advice}",
@@ -538,17 +547,18 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def build() -> typer.Typer:
-    """Return the program with the commands of every side that is installed."""
+def build(markup: Literal["rich"] | None = "rich") -> typer.Typer:
+    """Return the program with the commands of every side that is installed; markup: how help is drawn."""
     app = typer.Typer(
         name="veilmart", help="A private market of specialised small language models.",
+        rich_markup_mode=markup,
         no_args_is_help=True, pretty_exceptions_enable=False,  # pretty tracebacks print local variables: private records
         context_settings={"help_option_names": ["-h", "--help"]}, suggest_commands=False,
     )  # fmt: skip
 
     def root(
         shown: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)] = False,
-        debug: Annotated[bool, typer.Option("--debug", envvar="VEILMART_DEBUG", help="Show tracebacks.")] = False,
+        debug: Annotated[bool, typer.Option("--debug", envvar="VEILMART_DEBUG", help="Show tracebacks.", show_envvar=False)] = False,
     ) -> None:
         del shown, debug
 
@@ -568,8 +578,10 @@ def main() -> None:
 
     from nodes.console import print_error
 
+    # The overview of all commands is plain: loading rich for it would cost a third of its half second.
+    overview = all(word.startswith("-") for word in sys.argv[1:])
     try:
-        code = build()(standalone_mode=False)
+        code = build(None if overview else "rich")(standalone_mode=False)
     except VeilmartError as error:
         if debug:
             raise

@@ -137,6 +137,8 @@ class Guard:
                 self.release(order)
             except VeilmartError as error:
                 self.failures.append(error)
+            except Exception as error:  # noqa: BLE001 - the loop must go on, and the text may hold private records
+                self.failures.append(VeilmartError(f"unexpected {type(error).__name__} in the guard"))
 
     def plan(self, order: Order) -> Plan:
         """Return what `release(order)` would do and cost; nothing is drawn, trained or charged."""
@@ -154,6 +156,11 @@ class Guard:
             raise UsageError(
                 f"epsilon: the policy allows {self.policy.largest_epsilon:g} a release, got {order.guarantee.epsilon:g}",
                 hint="the owner's policy sets the limit (--largest-epsilon)",
+            )
+        if order.guarantee.delta > self.policy.budget.delta:
+            raise UsageError(
+                f"delta: the policy allows {self.policy.budget.delta:g}, got {order.guarantee.delta:g}",
+                hint="an epsilon means less at a larger delta",
             )
         return read_training_records(self._data, self.policy.minimum_records, self._limit)
 
@@ -225,15 +232,23 @@ class Guard:
         return digest.digest()
 
 
-_LOCAL_GUARDS: dict[str, Guard] = {}
+class Reachable(Protocol):
+    """What a shim may ask of a guard."""
+
+    def request(self, order: Order) -> None: ...
+
+    def collect(self) -> bytes | None: ...
 
 
-def serve_in_process(name: str, guard: Guard) -> str:
+_LOCAL_GUARDS: dict[str, Reachable] = {}
+
+
+def serve_in_process(name: str, guard: Reachable) -> str:
     """Make a guard reachable for shims of this process, and return its address."""
     _LOCAL_GUARDS[name] = guard
     return f"local:{name}"
 
 
-def reach(address: str) -> Guard:
+def reach(address: str) -> Reachable:
     """Return the guard at an address; only guards of this process have one so far."""
     return _LOCAL_GUARDS[address.removeprefix("local:")]

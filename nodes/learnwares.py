@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nodes.market_client import MarketClient, find_release_id
-from protocol.errors import InvalidAdapter, NotFound, UsageError
+from protocol.catalogue import row_of
+from protocol.errors import FormatError, InvalidAdapter, NotFound, UsageError
 from protocol.features import FeatureMap
 from protocol.keys import write_durably
 from protocol.release import Release, open_envelope
@@ -43,9 +44,13 @@ def pull_learnware(
     """Fetch a learnware, check it completely, then store it; nothing is stored if any check fails."""
     from nodes.adapter import Adapter
 
-    release_id = find_release_id(text, client.sync(feature_map))
+    catalogue = client.sync(feature_map)
+    release_id = find_release_id(text, catalogue)
     envelope = client.release(release_id)
     release = open_envelope(envelope)
+    at = catalogue.release_ids.index(release_id)
+    if row_of(release, feature_map) != catalogue.rows[at].tobytes() + catalogue.names[at].encode("ascii"):
+        raise FormatError("catalogue: the row that ranked this release is not its own; the market signed a wrong one")
     folder = _folder(home) / release_id.hex()
     if release.adapter is not None:
         data = client.download_adapter(release.adapter, on_progress)

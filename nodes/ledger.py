@@ -37,6 +37,9 @@ class Budget:
     epsilon: float
     delta: float
 
+    def __post_init__(self) -> None:
+        Guarantee(self.epsilon, self.delta)  # raises UsageError for what is no epsilon or no delta
+
 
 @dataclass(frozen=True, slots=True)
 class Price:
@@ -59,7 +62,7 @@ class Price:
 
 
 class Ledger:
-    """An SQLite file with synchronous=FULL; `open` it, never construct it."""
+    """An SQLite file with synchronous=EXTRA; `open` it, never construct it."""
 
     def __init__(self, path: Path, budget: Budget) -> None:
         self._path, self.budget = path, budget
@@ -84,7 +87,9 @@ class Ledger:
         # A connection a transaction: threads share nothing, and the pragma cannot be forgotten on any of them.
         db = sqlite3.connect(self._path, isolation_level=None, timeout=30)
         try:
-            db.execute("PRAGMA synchronous=FULL")  # NORMAL loses acknowledged commits at a power cut
+            # With a rollback journal the commit is the removal of the journal, and FULL does not sync the folder after it: a power cut
+            # could bring the journal, and with it the state before the charge, back.  EXTRA syncs the folder.
+            db.execute("PRAGMA synchronous=EXTRA")
             db.execute("BEGIN IMMEDIATE")
             yield db
             db.execute("COMMIT")
@@ -112,7 +117,9 @@ class Ledger:
 
     def _price(self, db: sqlite3.Connection, guarantee: Guarantee) -> Price:
         spent = [float(row[0]) for row in db.execute("SELECT multiplier FROM charge")]
-        asked, delta = _multiplier(guarantee), self.budget.delta
+        # A larger delta would make everything already spent look smaller: never judge at one above what the charges were made at.
+        least = db.execute("SELECT min(delta) FROM charge").fetchone()[0]
+        asked, delta = _multiplier(guarantee), min(self.budget.delta, float(least or 1.0))
         return Price(
             composed_epsilon([asked], delta), composed_epsilon(spent, delta), composed_epsilon([*spent, asked], delta), self.budget.epsilon
         )

@@ -20,6 +20,7 @@ from protocol.wire import market_pb2 as pb
 from protocol.wire.market_pb2_grpc import MarketStub
 
 TRANSFER_TIMEOUT_S = 120.0
+MAX_CATALOGUE_BYTES = 1 << 30  # a hostile market could otherwise fill the memory before it shows a signed size
 Answer = TypeVar("Answer")
 
 
@@ -61,6 +62,8 @@ class MarketClient:
         self._channel = connect(address, ca)
         self._stub = MarketStub(self._channel)  # type: ignore[no-untyped-call]  # generated code is not annotated
         self._home = home / "catalogues"
+        # Who holds the authority may issue a new server certificate, but the key that signs the catalogue must stay what it was.
+        self._pin = self._home / f"{hashlib.sha256(ca.read_bytes()).hexdigest()[:32]}.market-key"
         self.traffic = Traffic()
 
     def __enter__(self) -> MarketClient:
@@ -83,6 +86,12 @@ class MarketClient:
         self.traffic.count("describe", 0, answer.ByteSize())
         head = _head(answer.head)
         verify_head(head, answer.market_key)
+        if not self._pin.exists():
+            write_durably(self._pin, answer.market_key, 0o644)
+        elif self._pin.read_bytes() != answer.market_key:
+            raise InvalidSignature(
+                "market: its catalogue key is another than before", hint=f"if its operator confirms the change, remove {self._pin}"
+            )
         return Description(answer.market_key, tuple(answer.map_ids), answer.simulation, head)
 
     def publish(self, envelope: bytes) -> int:
@@ -92,6 +101,10 @@ class MarketClient:
         self.traffic.count("publish", request.ByteSize(), receipt.ByteSize())
         if receipt.release_id != open_envelope(envelope).release_id:
             raise FormatError("receipt: expected the id of the release that was sent")
+        head = _head(receipt.head)
+        verify_head(head, self.describe().market_key)
+        if receipt.index >= head.size:
+            raise FormatError(f"receipt: expected a position below {head.size}, got {receipt.index}")
         return int(receipt.index)
 
     def release(self, release_id: bytes) -> bytes:
@@ -174,6 +187,9 @@ class MarketClient:
         envelopes = [*known, *entries]
         releases = tuple(open_envelope(envelope) for envelope in envelopes)
         rows = [row_of(release, feature_map) for release in releases]
+        seen = _read_entries(path.with_name("rows"))
+        if rows[: len(seen)] != seen[: len(rows)]:
+            raise InvalidSignature("catalogue: its releases are not those whose rows were synced before: the market shows two histories")
         catalogue = open_rows(feature_map, [], rows, head, description.market_key)
         if entries:
             _write_entries(path, envelopes)
@@ -199,6 +215,8 @@ class MarketClient:
             for chunk in self._stub.SyncCatalogue(pb.SyncRequest(from_index=start, form=form), timeout=TRANSFER_TIMEOUT_S):
                 received += chunk.ByteSize()
                 entries.extend(chunk.entries)
+                if received > MAX_CATALOGUE_BYTES:
+                    raise FormatError(f"catalogue: expected at most {MAX_CATALOGUE_BYTES} bytes of news, got more")
                 if any(len(entry) > MAX_ENVELOPE_BYTES for entry in chunk.entries):
                     raise FormatError("catalogue: an entry is too large")
                 if chunk.HasField("head"):

@@ -44,8 +44,11 @@ def parse_record(line: bytes, where: str) -> Record:
         raise RecordError(f"{where}: expected at most {MAX_LINE_BYTES} bytes, got {len(line)}")
     try:
         value = json.loads(line)
-    except ValueError:  # the decoder's own message quotes the text
+    except (ValueError, RecursionError):  # the decoder's own message quotes the text
         raise RecordError(f"{where}: expected one JSON object a line, got text that is not JSON") from None
+    for text in value.values() if isinstance(value, dict) else ():
+        if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+            raise RecordError(f"{where}: expected Unicode text, got half of a surrogate pair")
     match value:
         case {"prompt": str(prompt), "response": str(response)} if prompt.strip() and response.strip():
             return Pair(prompt, response)

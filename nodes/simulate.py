@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nodes.guard import Guard, Policy, Progress, ignore_progress, serve_in_process
+from nodes.guard import Guard, Order, Policy, Progress, ignore_progress, serve_in_process
 from nodes.ledger import Budget
 from nodes.market_client import MarketClient
 from nodes.query import Found, find_encrypted, find_in_mirror, views_of
@@ -302,6 +302,16 @@ def _owner_progress(on_progress: Progress, task: str, place: int, total: int) ->
     return lambda stage, done, of: on_progress(f"owner {place + 1}/{total} {task}: {stage}", done, of)
 
 
+class _Stopped:
+    """Stands where a guard stood once an owner has failed: every question fails, so that the campaign ends instead of waiting."""
+
+    def request(self, order: Order) -> None:
+        raise CampaignFailed("an owner failed")
+
+    def collect(self) -> bytes | None:
+        raise CampaignFailed("an owner failed")
+
+
 def _campaign(settings: Settings, home: Path, guards: dict[str, Guard], market: MarketProcess) -> list[dict[str, Any]]:
     """Run Flower's two apps over the guards while their owners' loops work; return the outcome of each node."""
     from nodes.grid import run_campaign
@@ -316,6 +326,8 @@ def _campaign(settings: Settings, home: Path, guards: dict[str, Guard], market: 
             for guard in guards.values():
                 guard.work()
             if any(guard.failures for guard in guards.values()):
+                for task in guards:
+                    serve_in_process(f"{home}/{task}", _Stopped())
                 return
             ended.wait(0.01)
 

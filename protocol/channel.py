@@ -40,7 +40,9 @@ def error_from_status(error: Any) -> VeilmartError:
     """Return the error that a failed call stands for."""
     import grpc
 
-    status, details = error.code(), error.details() or ""
+    status = error.code()
+    # A stranger wrote it and a terminal will show it: no control characters, no length that hides what follows.
+    details = "".join(character for character in error.details() or "" if character.isprintable())[:500]
     if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
         return MarketUnreachable(
             f"market: no answer ({status.name.lower().replace('_', ' ')})",

@@ -61,6 +61,8 @@ def delta_at(epsilon: float, multiplier: float) -> float:
 def noise_multiplier(epsilon: float, delta: float) -> float:
     """Return the smallest noise multiplier for which delta_at(epsilon, multiplier) <= delta."""
     low, high = 1e-3, 1e5
+    if delta_at(epsilon, high) > delta:
+        raise UsageError(f"epsilon {epsilon:g} and delta {delta:g}: too small together for any useful noise")
     for _ in range(200):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if delta_at(epsilon, middle) > delta else (low, middle)

@@ -27,6 +27,9 @@ class BoundedVectors:
     norm_squared: int = NORM_SQUARED
 
     def __post_init__(self) -> None:
+        bound = math.isqrt(self.norm_squared)
+        if ((self.rows > bound) | (self.rows < -bound)).any():  # its square could wrap around in 64 bits
+            raise FeatureNormError("row: a coordinate is beyond the norm bound")
         longest = int((self.rows**2).sum(axis=1).max(initial=0))
         if longest > self.norm_squared:
             raise FeatureNormError(f"squared row norm: expected at most {self.norm_squared}, got {longest}")
@@ -46,6 +49,8 @@ def quantise(features: NDArray[np.float64]) -> BoundedVectors:
     and shrunk away; anything larger is a broken feature map and refused by BoundedVectors.
     See test_no_vector_is_longer_than_its_bound.
     """
+    if not (np.abs(features) <= 1 + 2**-20).all():  # so written, NaN is refused as well
+        raise FeatureNormError("features: expected finite coordinates of at most 1")
     units = np.trunc(FEATURE_SCALE * features).astype(np.int64)
     too_long = (units**2).sum(axis=1) > FEATURE_SCALE**2
     if too_long.any():
@@ -108,4 +113,6 @@ def estimate(vectors: BoundedVectors, map_id: bytes, guarantee: Guarantee, noise
     variance = noise_variance(guarantee, vectors.norm_squared)
     exact = vectors.rows.sum(axis=0)
     noisy = [int(value) + discrete_gaussian(variance, noise) for value in exact]
-    return Specification(map_id, np.array(noisy, np.int64).astype(np.int32), variance, guarantee)
+    if max(map(abs, noisy)) >= 1 << 31:
+        raise FeatureNormError("noisy sums: beyond 32 bits; epsilon and delta are too small together")
+    return Specification(map_id, np.array(noisy, np.int32), variance, guarantee)

@@ -9,6 +9,7 @@ Source: Canonne, Kamath, Steinke 2020, "The Discrete Gaussian for Differential P
 from __future__ import annotations
 
 import math
+import os
 import secrets
 import struct
 from collections.abc import Callable
@@ -22,12 +23,15 @@ class NoiseSource:
     def __init__(self, read: Callable[[int], bytes], *, simulated: bool) -> None:
         self._read = read
         self._words: list[int] = []
+        self._process = os.getpid()
         self.simulated = simulated
 
     def below(self, bound: int) -> int:
         """Return a uniform integer in [0, bound), by rejection: a remainder would be biased."""
         bits = (bound - 1).bit_length()
         words = -(-bits // 64)
+        if self._process != os.getpid() and not self.simulated:  # a forked child would draw its parent's words again
+            self._process, self._words = os.getpid(), []
         while True:
             value = 0
             for _ in range(words):

@@ -65,6 +65,7 @@ REFUSALS = {
     "too few records": (RecordError, lambda path: write_records(path, 5), Policy(), ONE),
     "no file": (RecordError, lambda path: path.unlink(), Policy(), ONE),
     "an epsilon above the policy": (UsageError, lambda path: None, Policy(), Order(Guarantee(3.0, 1e-6))),
+    "a delta above the policy": (UsageError, lambda path: None, Policy(), Order(Guarantee(1.0, 1e-3))),
     "a spent budget": (BudgetSpent, lambda path: None, Policy(budget=Budget(0.5, 1e-6)), ONE),
 }
 

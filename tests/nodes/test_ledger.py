@@ -69,7 +69,20 @@ def test_the_budget_outlives_the_process(tmp_path):
 
 def test_every_connection_is_fully_synchronous(ledger):
     with ledger._transaction() as db:
-        assert db.execute("PRAGMA synchronous").fetchone()[0] == 2
+        assert db.execute("PRAGMA synchronous").fetchone()[0] == 3  # EXTRA: FULL leaves the removal of the journal unsynced
+
+
+def test_a_larger_delta_does_not_make_what_was_spent_smaller(tmp_path):
+    for number in range(4):
+        Ledger.open(tmp_path / "l.db", Budget(2.4, 1e-6)).charge(bytes([number]), ONE, make(b"a"))
+    strict, lax = (Ledger.open(tmp_path / "l.db", Budget(2.4, delta)).price(Guarantee(1.0, 1e-2)) for delta in (1e-6, 1e-2))
+    assert lax.spent == strict.spent > 2.0
+
+
+@pytest.mark.parametrize("epsilon", [0.0, float("nan"), float("inf"), 100.0])
+def test_a_budget_that_means_nothing_is_refused(epsilon):
+    with pytest.raises(UsageError):
+        Budget(epsilon, 1e-6)
 
 
 def test_only_the_owner_can_read_the_ledger(ledger):

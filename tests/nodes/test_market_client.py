@@ -116,7 +116,7 @@ def test_a_lie_is_refused_and_nothing_is_stored(tmp_path, methods, ask, error):
         envelopes = publish_three(client)
         with pytest.raises(error):
             ask(client, envelopes)
-    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.suffix != ".market-key"]
 
 
 def test_a_market_that_forgets_what_it_showed_is_refused(tmp_path):
@@ -129,6 +129,67 @@ def test_a_market_that_forgets_what_it_showed_is_refused(tmp_path):
         pytest.raises(InvalidSignature, match="back in time"),
     ):
         client.sync(MAP)
+
+
+def test_a_market_that_changes_its_key_is_refused(tmp_path):
+    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        client.describe()
+    (tmp_path / "m" / "market.key").unlink()  # the same certificate, another signer: an emptied catalogue would look new
+    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        with pytest.raises(InvalidSignature, match="another than before"):
+            client.describe()
+
+
+def test_a_mirror_of_another_history_than_the_rows_is_refused(tmp_path):
+    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        publish_three(client)
+        client.sync(MAP)
+    for name in ("market.db", "market.db-wal", "market.db-shm"):
+        (tmp_path / "m" / name).unlink(missing_ok=True)  # the same key starts again with other releases
+    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        publish_three(client)
+        with pytest.raises(InvalidSignature, match="two histories"):
+            client.mirror(MAP)
+        with pytest.raises(FormatError):
+            client.sync(MAP)
+
+
+@answering
+async def receipt_without_head(self, request, context):
+    return pb.Receipt(release_id=open_envelope(request.envelope).release_id, index=987_654_321)
+
+
+@answering
+async def receipt_beyond_head(self, request, context):
+    return pb.Receipt(release_id=open_envelope(request.envelope).release_id, index=9, head=self._signed(3, bytes(32)))
+
+
+@pytest.mark.parametrize("lie", [receipt_without_head, receipt_beyond_head])
+def test_a_receipt_that_proves_nothing_is_refused(tmp_path, lie):
+    market = running_market(tmp_path / "m", MAP, service_type=lying(Publish=lie))
+    with market as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client, pytest.raises(VeilmartError):
+        client.publish(envelope_of(MAP, Ed25519PrivateKey.generate()))
+
+
+def test_a_row_that_is_not_its_releases_own_is_noticed_at_the_pull(tmp_path):
+    with running_market(tmp_path / "m", MAP) as (address, ca, store), MarketClient(address, ca, tmp_path / "home") as client:
+        release = open_envelope(envelope := envelope_of(MAP, Ed25519PrivateKey.generate(), seed=3))
+        row = row_of(release, MAP)
+        store.append(release, envelope, row[:32] + (1 << 20).to_bytes(4, "little") + row[36:])  # a count that was never released
+        with pytest.raises(FormatError, match="not its own"):
+            pull_learnware("owner-3", client, tmp_path / "home", MAP)
+
+
+def test_text_of_a_market_cannot_drive_a_terminal(tmp_path):
+    @answering
+    async def describe(self, request, context):
+        raise UsageError("\x1b[2Jhint: run this\n" + "x" * 3000)
+
+    with running_market(tmp_path / "m", MAP, service_type=lying(Describe=describe)) as (address, ca, _):
+        with MarketClient(address, ca, tmp_path / "home") as client, pytest.raises(UsageError) as caught:
+            client.describe()
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) <= 500
 
 
 def test_a_pull_with_a_bad_adapter_stores_nothing(tmp_path):

@@ -10,6 +10,8 @@ BAD_LINES = {
     "no text": f'{{"note": "{SECRET}"}}',
     "an empty prompt": f'{{"prompt": " ", "response": "{SECRET}"}}',
     "an empty response": f'{{"prompt": "{SECRET}", "response": ""}}',
+    "half a surrogate pair": f'{{"text": "{SECRET} \\ud83d"}}',
+    "endless nesting": f'{{"text": "{SECRET}", "x": ' + "[" * 100_000,
     "a number for a text": f'{{"text": 5, "x": "{SECRET}"}}',
 }
 

@@ -75,5 +75,25 @@ def test_a_seeded_build_is_caught_by_that_test():
     assert len(drawn_by_two_processes(SEEDED)) == 1
 
 
+FORKED = """
+import os
+from protocol.hazmat.noise import *
+s = operating_system()
+discrete_gaussian(10**9, s)                     # fills the buffer
+reader, writer = os.pipe()
+if os.fork() == 0:
+    os.write(writer, repr([discrete_gaussian(10**9, s) for _ in range(8)]).encode())
+    os._exit(0)
+os.wait()
+print(os.read(reader, 10_000).decode() == repr([discrete_gaussian(10**9, s) for _ in range(8)]))
+"""
+
+
+@pytest.mark.parametrize(("simulated", "equal"), [("False", "False"), ("True", "True")], ids=["real", "control"])
+def test_a_forked_process_does_not_repeat_the_noise(simulated, equal):
+    code = FORKED.replace("s = operating_system()", f"import secrets; s = NoiseSource(secrets.token_bytes, simulated={simulated})")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == equal
+
+
 def test_the_operating_system_is_not_a_simulation():
     assert not operating_system().simulated

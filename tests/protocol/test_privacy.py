@@ -36,6 +36,11 @@ def test_a_fifth_less_noise_breaks_it():
     assert exact_delta(1.0, int(0.64 * variance), 64) > 1e-6
 
 
+def test_a_claim_that_no_noise_here_can_keep_is_refused():
+    with pytest.raises(UsageError, match="too small together"):
+        noise_multiplier(1e-5, 1e-9)
+
+
 def test_epsilon_and_multiplier_are_inverse():
     assert epsilon_at(1e-6, noise_multiplier(1.3, 1e-6)) == pytest.approx(1.3, rel=1e-6)
 

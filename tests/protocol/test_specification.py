@@ -71,6 +71,18 @@ def test_a_specification_cannot_be_changed_after_birth():
         specification.noisy_sums[0] = 1
 
 
+@pytest.mark.parametrize("coordinate", [2**32, -(2**63), 2**31, FEATURE_SCALE + 1024])
+def test_a_coordinate_whose_square_would_wrap_is_refused(coordinate):
+    with pytest.raises(FeatureNormError):
+        BoundedVectors(np.array([[COUNT_STEP, coordinate, 0]], np.int64))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 2.0**20])
+def test_a_feature_that_is_no_unit_vector_is_refused(value):
+    with pytest.raises(FeatureNormError):
+        quantise(np.array([[value, 0.0]]))
+
+
 def test_vectors_that_are_too_long_are_refused():
     with pytest.raises(FeatureNormError):
         BoundedVectors(np.array([[COUNT_STEP, FEATURE_SCALE + 1]]))
