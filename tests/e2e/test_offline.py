@@ -56,7 +56,7 @@ def test_a_simulation_needs_no_network_and_asks_for_none(tmp_path, slm_directory
     ]  # fmt: skip
     done, elsewhere = run_watched(command, tmp_path / "watch")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["top1"] == 1.0
+    assert len(json.loads(done.stdout)["queries"]) == 2  # whom they find is not the point: 30 records are too few for that
     assert elsewhere == []
 
 
