@@ -138,7 +138,7 @@ def test_lora_starts_as_the_base_model(model: BaseModel, activations: list[Activ
 
 
 def test_the_top_shares_the_models_weights_and_never_changes_their_type(tiny_model_directory: Path) -> None:
-    model = BaseModel.open(tiny_model_directory)
+    model = BaseModel.open(tiny_model_directory, torch.bfloat16)
     shared, own = model.upper_layers(SPLIT, torch.bfloat16), model.upper_layers(SPLIT, torch.float32)
     assert shared.lm_head.weight is model._llama.lm_head.weight
     assert own.lm_head.weight is not model._llama.lm_head.weight
