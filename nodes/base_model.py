@@ -244,14 +244,17 @@ class BaseModel:
                 raise ModelError(f"{directory}: expected a model directory, {name} is missing", hint="`veilmart model import` makes it")
         identity = model_id(directory)
         with _quiet_transformers():
-            import torch
             from safetensors import SafetensorError
             from tokenizers import Tokenizer
             from transformers import LlamaForCausalLM
 
             try:
                 llama, report = LlamaForCausalLM.from_pretrained(
-                    str(directory), dtype=dtype or working_dtype(), attn_implementation="sdpa", local_files_only=True, output_loading_info=True
+                    str(directory),
+                    dtype=dtype or working_dtype(),
+                    attn_implementation="sdpa",
+                    local_files_only=True,
+                    output_loading_info=True,
                 )
                 tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
             except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
