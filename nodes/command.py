@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -82,46 +83,42 @@ def map_fit(
     home: Home,
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")],
     public: Annotated[list[Path], typer.Argument(help="Folders of public tasks, each with train.jsonl and test.jsonl.")],
-    name: Annotated[str, typer.Option(help="Name of the map.")] = "kme-lin-64",
-    dimension: Annotated[int, typer.Option(help="Coordinates D, both views together.")] = 64,
+    design: Annotated[str, typer.Option(help="Kind of map: `veilmart map fit --help` names them.")] = "kme-lin-96",
     records: Annotated[int, typer.Option(help="At most so many records a file.")] = 500,
     base: Base = None,
     as_json: Json = False,
 ) -> None:
     """Fit a feature map on public tasks.  Never give it private data: its output is public.
 
+    Designs: kme-lin-96, kme-lin-192 (linear), kme-rff-256 (characteristic kernel), kme-grad-64 (LoRA gradients).
+
     Example: veilmart map fit -o my.map public/task-a public/task-b public/task-c
     """
     from nodes import console
-    from nodes.map_fit import embed_public, fit_map
+    from nodes.map_fit import DESIGNS, embed_public, fit_map
     from protocol.keys import write_durably
 
+    if design not in DESIGNS:
+        raise UsageError(f"--design: expected one of {', '.join(DESIGNS)}, got another name")
     model, progress = _open_model(home, base), console.ProgressLine(not as_json)
-    tasks = embed_public(public, model, records, progress)
+    tasks = embed_public(public, model, records, DESIGNS[design], progress)
     progress.close()
-    feature_map = fit_map(tasks, model, name=name, dimension=dimension)
+    feature_map = fit_map(tasks, model, DESIGNS[design])
     write_durably(out, feature_map.manifest, 0o644)
     _show_map(feature_map, as_json)
 
 
 def map_show(
-    file: Annotated[Path | None, typer.Argument(help="A map's file.", show_default="the map that ships with veilmart")] = None,
+    which: Annotated[str, typer.Argument(help="A map's file, or the name of one that ships with veilmart.")] = "kme-lin-96",
     as_json: Json = False,
 ) -> None:
     """Show a feature map: id, base model, dimension, scoring constants.
 
     Example: veilmart map show
     """
-    from protocol.features import default_map, load_map
+    from protocol.features import open_map
 
-    if file is None:
-        _show_map(default_map(), as_json)
-        return
-    try:
-        manifest = file.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}") from None
-    _show_map(load_map(manifest), as_json)
+    _show_map(open_map(which), as_json)
 
 
 def node_publish(
@@ -244,7 +241,7 @@ def find(
             {
                 "id": match.release_id.hex(), "title": found.name_of(match.release_id), "rank": match.rank, "score": match.llr,
                 "std": match.std, "gap_to_next": match.gap_to_next if match.rank < len(found.ranking.matches) else None, "tie": match.tie,
-                "distance": match.distance, "resolution": match.resolution,
+                "distance": match.distance, "separation": match.separation, "resolution": match.resolution,
             }
             for match in shown
         ],
@@ -464,6 +461,11 @@ def _why_not(ranking: Ranking, catalogue: Catalogue, query_size: int) -> str:
     if ranking.verdict is Verdict.NONE:
         return "no suitable learnware: the best one is another task than yours; the base model is likely as good"
     best = ranking.matches[0]
+    if ranking.verdict is Verdict.SIBLING:
+        return (
+            "a sibling: the best one is related to your task but another task "
+            f"({100 * best.separation:.0f} % of the distance between unrelated tasks); try it against the base model"
+        )
     if query_size < MAX_QUERY_SIZE:
         return f"cannot tell: {query_size} texts say too little about your task; give at least {MAX_QUERY_SIZE}"
     count = catalogue.columns(1).counts[catalogue.release_ids.index(best.release_id)]
@@ -475,12 +477,10 @@ def _why_not(ranking: Ranking, catalogue: Catalogue, query_size: int) -> str:
 
 
 def _show_map(feature_map: FeatureMap, as_json: bool) -> None:
-    constants = {
-        name: {"between": c.between, "within": c.within, "threshold": c.threshold}
-        for name, c in (("full", feature_map.full), ("prompt_only", feature_map.prompt_only))
-    }
+    constants = {name: asdict(c) for name, c in (("full", feature_map.full), ("prompt_only", feature_map.prompt_only))}
     result = {
         "schema": "veilmart.map/1", "map_id": feature_map.map_id.hex(), "name": feature_map.name, "dimension": feature_map.dimension,
+        "embedding": str(feature_map.embedding), "frequencies": feature_map.views[0].frequencies.shape[1],
         "base_model": feature_map.base_model, "layer": feature_map.layer, "token_limits": list(feature_map.token_limits),
         "fitted_on": list(feature_map.fitted_on), "scoring": constants, "bytes": len(feature_map.manifest),
     }  # fmt: skip

@@ -5,7 +5,8 @@ Nothing private may come near this file: its output is shipped to everybody.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,23 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nodes.records import read_records
-from protocol.catalogue import Columns, centred_mean
 from protocol.errors import UsageError
-from protocol.features import CENTRE_SCALE, FeatureMap, ScoringConstants, View
-from protocol.hazmat.noise import NoiseSource, operating_system
+from protocol.features import CENTRE_SCALE, EmbeddingKind, FeatureMap, ScoringConstants, View, waves_of
+from protocol.hazmat.noise import NoiseSource
 from protocol.privacy import Guarantee
-from protocol.scoring import Sketch, score, sketch_of
-from protocol.specification import Specification, estimate, quantise
+from protocol.scoring import score_releases, sketch_of
+from protocol.specification import estimate, quantise
 
 if TYPE_CHECKING:
     from nodes.base_model import BaseModel
 
-# The setting in which the abstention threshold is calibrated: the weakest noise at which the test still has power.
+# The abstention threshold is calibrated where the test still has power, and must hold up to data sets of any size.
 CALIBRATION = Guarantee(epsilon=1.0, delta=1e-6)
-CALIBRATION_UNITS = 250
+CALIBRATION_UNITS = (200, 500, 5000)
 QUERY_SIZE = 50
 REJECTED = 0.02  # share of true pairs that the threshold may reject
-DRAWS = 40  # releases and queries drawn a public task
+DRAWS = 40  # releases and queries drawn a public task and size
+BANDWIDTH = 2.0  # of the characteristic maps, in units of the median distance of public texts
 
 Progress = Callable[[str, int, int], None]
 
@@ -44,88 +45,156 @@ class PublicTask:
     test: NDArray[np.float32]
 
 
-def embed_public(folders: Sequence[Path], model: BaseModel, limit: int, on_progress: Progress = lambda s, d, n: None) -> list[PublicTask]:
+@dataclass(frozen=True, slots=True)
+class Design:
+    """What kind of map to fit."""
+
+    name: str
+    axes: int = 48  # principal axes a view
+    frequencies: int = 0  # of a characteristic map, a view; 0 for a linear one
+    embedding: EmbeddingKind = EmbeddingKind.HIDDEN_STATES
+
+    def __post_init__(self) -> None:
+        if self.axes < 1 or self.frequencies < 0:
+            raise UsageError("map: expected at least one axis and no negative number of frequencies")
+
+
+DESIGNS = {
+    design.name: design
+    for design in (
+        Design("kme-lin-96"),
+        Design("kme-lin-192", axes=96),
+        Design("kme-rff-256", axes=64, frequencies=64),
+        Design("kme-grad-64", axes=32, embedding=EmbeddingKind.LORA_GRADIENTS),
+    )
+}
+
+
+def embed_public(
+    folders: Sequence[Path], model: BaseModel, limit: int, design: Design, on_progress: Progress = lambda s, d, n: None
+) -> list[PublicTask]:
     """Return the embeddings of public task folders, each with train.jsonl and test.jsonl."""
     tasks = []
     for done, folder in enumerate(folders):
         on_progress("embed", done, len(folders))
-        train, test = (model.embed_batched(read_records(folder / f"{split}.jsonl", limit)) for split in ("train", "test"))
+        train, test = (
+            model.embed_batched(read_records(folder / f"{split}.jsonl", limit), layer=layer_of(design, model), kind=design.embedding)
+            for split in ("train", "test")
+        )
         tasks.append(PublicTask(folder.name, train, test))
     on_progress("embed", len(folders), len(folders))
     return tasks
 
 
-def fit_view(embeddings: NDArray[np.float32], coordinates: int) -> View:
+def layer_of(design: Design, model: BaseModel) -> int:
+    """Return the layer whose states or gradients a design uses."""
+    from nodes.base_model import FEATURE_LAYER
+
+    return model.layers if design.embedding is EmbeddingKind.LORA_GRADIENTS else FEATURE_LAYER
+
+
+def fit_view(embeddings: NDArray[np.float32], design: Design) -> View:
     """Return the statistics of one view: embeddings (n, width) of public texts."""
     x = embeddings.astype(np.float64)
     mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-6
     directions = (x - mean) / scale
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     centre = directions.mean(axis=0)
-    axes = np.linalg.eigh(np.cov((directions - centre).T))[1][:, ::-1][:, :coordinates]
+    axes = np.linalg.eigh(np.cov((directions - centre).T))[1][:, ::-1][:, : design.axes]
     # An eigenvector's sign is arbitrary; fixing it makes a second fit give the same map.
     axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
-    mean32, scale32, centre32, axes32 = (a.astype(np.float32) for a in (mean, scale, centre, axes))
-    return View(mean32, scale32, centre32, axes32)
+    linear = View(*(a.astype(np.float32) for a in (mean, scale, centre, axes)))
+    if not design.frequencies:
+        return linear
+    rng = np.random.default_rng(0)  # frequencies are public constants of the map
+    projected = linear.project(embeddings)
+    pairs = rng.permutation(len(projected))[: 2 * (len(projected) // 2)].reshape(2, -1)
+    median = float(np.median(np.linalg.norm(projected[pairs[0]] - projected[pairs[1]], axis=1)))
+    frequencies = (rng.standard_normal((design.axes, design.frequencies)) / (BANDWIDTH * median)).astype(np.float32)
+    return replace(linear, frequencies=frequencies, waves=waves_of(projected, frequencies).mean(axis=0).astype(np.float32))
 
 
-def fit_map(tasks: Sequence[PublicTask], model: BaseModel, *, name: str, dimension: int, noise: NoiseSource | None = None) -> FeatureMap:
-    """Return the feature map fitted on public tasks: statistics from the training texts, threshold from train-test pairs."""
+def fit_map(tasks: Sequence[PublicTask], model: BaseModel, design: Design) -> FeatureMap:
+    """Return the feature map fitted on public tasks: statistics from the training texts, threshold from train-test pairs.
+
+    Deterministic: the same embeddings give the same map.
+    """
     if len(tasks) < 3:
         raise UsageError(f"public tasks: expected at least 3, got {len(tasks)}")
-    together = np.concatenate([task.train for task in tasks])
-    views = (fit_view(together[:, 0], dimension // 2), fit_view(together[:, 1], dimension // 2))
-    undecided = ScoringConstants(1.0, 1.0, 1.0)
-    fitted_on = tuple(sorted(task.name for task in tasks))
-    zero = np.zeros(dimension, np.int64)
-    from nodes.base_model import FEATURE_LAYER, PROMPT_TOKENS, RESPONSE_TOKENS
+    from nodes.base_model import PROMPT_TOKENS, RESPONSE_TOKENS
 
+    together = np.concatenate([task.train for task in tasks])
+    views = (fit_view(together[:, 0], design), fit_view(together[:, 1], design))
+    undecided = ScoringConstants(*[1.0] * 7)
+    dimension = 2 * views[0].coordinates
     feature_map = FeatureMap(
-        name, model.model_id, FEATURE_LAYER, (PROMPT_TOKENS, RESPONSE_TOKENS), views, zero, undecided, undecided, fitted_on
-    )
-    features = {task.name: (feature_map(task.train), feature_map(task.test)) for task in tasks}
-    centre = np.rint(np.mean([train.mean(axis=0) for train, _ in features.values()], axis=0) * CENTRE_SCALE).astype(np.int64)
-    feature_map = replace(feature_map, centre=centre)
-    half = dimension // 2
+        design.name, model.model_id, design.embedding, layer_of(design, model), (PROMPT_TOKENS, RESPONSE_TOKENS), views,
+        np.zeros(dimension, np.int64), undecided, undecided, tuple(sorted(task.name for task in tasks)),
+    )  # fmt: skip
+    features = [(feature_map(task.train), feature_map(task.test)) for task in tasks]
+    centre = np.rint(np.mean([train.mean(axis=0) for train, _ in features], axis=0) * CENTRE_SCALE).astype(np.int64)
+    half = feature_map.view_dimension
     feature_map = replace(
-        feature_map,
-        full=_variances([train for train, _ in features.values()]),
-        prompt_only=_variances([train[:, :half] for train, _ in features.values()]),
+        feature_map, centre=centre, full=_constants(features), prompt_only=_constants([(a[:, :half], b[:, :half]) for a, b in features])
     )
-    source = noise or operating_system()
     return replace(
         feature_map,
-        full=replace(feature_map.full, threshold=_threshold(features, feature_map, 2, source)),
-        prompt_only=replace(feature_map.prompt_only, threshold=_threshold(features, feature_map, 1, source)),
+        full=replace(feature_map.full, threshold=_threshold(features, feature_map, 2)),
+        prompt_only=replace(feature_map.prompt_only, threshold=_threshold(features, feature_map, 1)),
     )
 
 
-def _variances(groups: Sequence[NDArray[np.float64]]) -> ScoringConstants:
-    """Between-task and within-task variance a coordinate, the former corrected for the sampling of its means."""
-    within = float(np.mean([group.var(axis=0, ddof=1).mean() for group in groups]))
-    between = float(np.var([group.mean(axis=0) for group in groups], axis=0, ddof=1).mean())
-    sampling = within * float(np.mean([1 / len(group) for group in groups]))
-    return ScoringConstants(max(between - sampling, 0.02 * between), within, 1.0)
+Features = tuple[NDArray[np.float64], NDArray[np.float64]]  # of a task's training and of its test texts
 
 
-def _threshold(
-    features: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]], feature_map: FeatureMap, views: int, noise: NoiseSource
-) -> float:
-    """Return the d2/sd0 that REJECTED of the true pairs exceed: real mechanism, real score, public data."""
-    rng = np.random.default_rng(0)  # which public texts are drawn protects nobody
-    distances = []
-    for train, test in features.values():
-        for _ in range(DRAWS):
-            own = train[rng.permutation(len(train))[:CALIBRATION_UNITS]]
-            asked = test[rng.permutation(len(test))[:QUERY_SIZE]]
-            sketch = sketch_of(asked, feature_map, views)
-            released = estimate(quantise(own), feature_map.map_id, CALIBRATION, noise)
-            distances.append(_distance(released, sketch, feature_map))
-    return float(np.quantile(distances, 1 - REJECTED))
+def _constants(tasks: Sequence[Features]) -> ScoringConstants:
+    """Return everything but the threshold."""
+    trains = [train for train, _ in tasks]
+    dimension = trains[0].shape[1]
+    within = float(np.mean([train.var(axis=0, ddof=1).mean() for train in trains]))
+    means = np.array([train.mean(axis=0) for train in trains])
+    sampling = within * float(np.mean([1 / len(train) for train in trains]))
+    spread = float(np.var(means, axis=0, ddof=1).mean())
+    between = max(spread - sampling, 0.02 * spread)
+    norms = (means**2).sum(axis=1)
+    first, second = np.triu_indices(len(means), 1)
+    mixed = (((means[first] + means[second]) / 2) ** 2).sum(axis=1)
+    # Owners may hold a mixture of tasks, whose mean is shorter: pure tasks and even mixtures of two weigh the same.
+    about = [float(np.mean((some - norms.mean()) ** 2)) for some in (norms, mixed)]
+    nearest = min(float(((means[i] - means[j]) ** 2).sum()) for i, j in zip(first, second, strict=True))
+    drifts = [_drift(train, test) for train, test in tasks]
+    return ScoringConstants(
+        between,
+        within,
+        norm=float(norms.mean()),
+        norm_std=float(np.sqrt(np.mean(about))),
+        drift=max(float(np.sqrt(np.mean(np.square(drifts)))), 1e-4),
+        related=(nearest - 2 * dimension * sampling) / (2 * dimension * between),
+        threshold=1.0,
+    )
 
 
-def _distance(specification: Specification, sketch: Sketch, feature_map: FeatureMap) -> float:
-    used = sketch.views * feature_map.view_dimension
-    mean = centred_mean(specification, feature_map)
-    columns = Columns(np.array([specification.count]), np.array([specification.noise_std]), np.array([float(mean[:used] @ mean[:used])]))
-    return float(score(np.array([mean @ sketch.centred_mean]), columns, sketch, feature_map).distance[0])
+def _drift(train: NDArray[np.float64], test: NDArray[np.float64]) -> float:
+    """Return the squared distance of two samples' means beyond sampling, as a share of the within-task variance."""
+    squared = float(((train.mean(axis=0) - test.mean(axis=0)) ** 2).sum())
+    traces = [float(x.var(axis=0, ddof=1).sum()) for x in (train, test)]
+    return (squared - traces[0] / len(train) - traces[1] / len(test)) / traces[0]
+
+
+def _threshold(features: Sequence[Features], feature_map: FeatureMap, views: int) -> float:
+    """Return the d2/sd0 that REJECTED of the true pairs exceed, at the worst of the sizes: real mechanism, real score, public data."""
+    rng = np.random.default_rng(0)
+    noise = NoiseSource(
+        random.Random(0).randbytes, simulated=True
+    )  # public texts: neither which are drawn nor their noise protects anybody
+    quantiles = []
+    for units in CALIBRATION_UNITS:
+        distances = []
+        for train, test in features:
+            for _ in range(DRAWS):
+                own = train[rng.permutation(len(train))[:units] if len(train) >= units else rng.integers(0, len(train), units)]
+                sketch = sketch_of(test[rng.permutation(len(test))[:QUERY_SIZE]], feature_map, views)
+                released = estimate(quantise(own), feature_map.map_id, CALIBRATION, noise)
+                distances.append(float(score_releases([released], sketch, feature_map).distance[0]))
+        quantiles.append(float(np.quantile(distances, 1 - REJECTED)))
+    return max(quantiles)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nodes.market_client import MarketClient, Mirror
 from nodes.records import Prompt, Record
-from protocol.catalogue import ROW, Catalogue, centred_mean
+from protocol.catalogue import ROW, Catalogue, centred_means
 from protocol.errors import StaleCatalogue
 from protocol.features import VIEWS, FeatureMap
 from protocol.scoring import Ranking, Scores, Sketch, rank, score, sketch_of
@@ -34,7 +34,7 @@ def sketch_task(records: Sequence[Record], model: BaseModel, feature_map: Featur
     Padded batches are allowed here: nothing of a query is released, so no record needs to be independent of its neighbours.
     """
     model.admit_map(feature_map)
-    embeddings = model.embed_batched(records, layer=feature_map.layer)
+    embeddings = model.embed_batched(records, layer=feature_map.layer, kind=feature_map.embedding)
     return sketch_of(feature_map(embeddings), feature_map, views_of(records))
 
 
@@ -56,8 +56,7 @@ class Found:
 def mirrored_products(mirror: Mirror, sketch: Sketch) -> NDArray[np.float64]:
     """Return <q - g, mu_i - g> of every release, computed here: (N,)."""
     feature_map = mirror.catalogue.feature_map
-    means = [centred_mean(release.specification, feature_map) for release in mirror.releases]
-    return np.array(means).reshape(-1, feature_map.dimension) @ sketch.centred_mean
+    return centred_means([release.specification for release in mirror.releases], feature_map) @ sketch.centred_mean
 
 
 def find_in_mirror(sketch: Sketch, client: MarketClient, feature_map: FeatureMap) -> Found:

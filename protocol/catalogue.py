@@ -103,7 +103,8 @@ def row_of(release: Release, feature_map: FeatureMap) -> bytes:
 class Columns:
     """The public scalars of N releases that a score is made of."""
 
-    counts: NDArray[np.float64]  # noisy number of privacy units, at least 1
+    counts: NDArray[np.float64]  # estimated number of privacy units, at least 1
+    count_stds: NDArray[np.float64]  # standard deviation of that estimate
     noise_stds: NDArray[np.float64]  # of each coordinate of the mean
     norms_squared: NDArray[np.float64]  # ||mu_i - g||^2 over the views in use
 
@@ -124,13 +125,14 @@ class Catalogue:
 
     def columns(self, views: int) -> Columns:
         """Return what scoring needs of every release, for a query with this many views."""
-        counts = np.maximum(self.rows["count"] / COUNT_STEP, 1.0)
+        squares, products = self.rows["squares"].astype(np.float64), self.rows["products"].astype(np.float64)
+        variances = self.rows["noise_variance"].astype(np.float64)
+        counts, stds = estimate_counts(self.rows["count"].astype(np.float64), squares.sum(axis=1), variances, self.feature_map)
         scale = FEATURE_SCALE * counts
-        squares = self.rows["squares"][:, :views].astype(np.float64).sum(axis=1)
-        products = self.rows["products"][:, :views].astype(np.float64).sum(axis=1)
         centre = self.feature_map.task_mean[: views * self.feature_map.view_dimension]
-        norms = squares / scale**2 - 2 * products / (CENTRE_SCALE * scale) + float(centre @ centre)
-        return Columns(counts, np.sqrt(self.rows["noise_variance"].astype(np.float64)) / scale, norms)
+        squared, product = squares[:, :views].sum(axis=1), products[:, :views].sum(axis=1)
+        norms = squared / scale**2 - 2 * product / (CENTRE_SCALE * scale) + float(centre @ centre)
+        return Columns(counts, stds, np.sqrt(variances) / scale, norms)
 
 
 def open_rows(feature_map: FeatureMap, known: Sequence[bytes], new: Sequence[bytes], head: Head, market_key: bytes) -> Catalogue:
@@ -145,6 +147,44 @@ def open_rows(feature_map: FeatureMap, known: Sequence[bytes], new: Sequence[byt
     return Catalogue(feature_map, scalars, tuple(row[ROW.itemsize :].decode("ascii") for row in rows), head)
 
 
-def centred_mean(specification: Specification, feature_map: FeatureMap) -> NDArray[np.float64]:
-    """Return mu - g, (D,): the row that matching multiplies with a query."""
-    return specification.mean - feature_map.task_mean
+def estimate_counts(
+    noisy_counts: NDArray[np.float64], squares: NDArray[np.float64], variances: NDArray[np.float64], feature_map: FeatureMap
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the estimated numbers of privacy units (N,) and their standard deviations (N,): docs/protocol.md 3.4.
+
+    noisy_counts: S_0.  squares: sum of S_j^2 over all coordinates.  variances: s^2.
+    The noisy count alone has a deviation of 17 units at epsilon 1.  The length of the sums knows the number as well, since ||mu||^2
+    differs little between tasks; both estimates are weighted by their inverse variances, which depend on the number: four rounds.
+    """
+    norm, spread = feature_map.full.norm, feature_map.full.norm_std / (2 * feature_map.full.norm)
+    noise = variances / FEATURE_SCALE**2
+    from_count, count_variance = noisy_counts / COUNT_STEP, variances / COUNT_STEP**2
+    signal = squares / FEATURE_SCALE**2 - feature_map.dimension * noise
+    from_length = np.sqrt(np.maximum(signal, 0.0) / norm)
+    number = np.maximum((from_count + from_length) / 2, 1.0)
+    for _ in range(4):
+        of_signal = 2 * feature_map.dimension * noise**2 + 4 * noise * norm * number**2
+        length_variance = (spread * number) ** 2 + of_signal / (2 * norm * number) ** 2
+        weight = 1 / count_variance + 1 / length_variance
+        number = np.maximum((from_count / count_variance + from_length / length_variance) / weight, 1.0)
+    return number, np.sqrt(1 / weight)
+
+
+def centred_means(specifications: Sequence[Specification], feature_map: FeatureMap) -> NDArray[np.float64]:
+    """Return mu - g of each specification, (N, D): the rows that matching multiplies with a query."""
+    if not specifications:
+        return np.zeros((0, feature_map.dimension))
+    sums = np.array([specification.noisy_sums for specification in specifications], np.float64)
+    variances = np.array([specification.noise_variance for specification in specifications], np.float64)
+    counts, _ = estimate_counts(sums[:, 0], (sums[:, 1:] ** 2).sum(axis=1), variances, feature_map)
+    means: NDArray[np.float64] = sums[:, 1:] / (FEATURE_SCALE * counts[:, None]) - feature_map.task_mean
+    return means
+
+
+def columns_of(specifications: Sequence[Specification], feature_map: FeatureMap, views: int) -> Columns:
+    """Return the public scalars of specifications without a catalogue; within rounding those of their rows."""
+    sums = np.array([specification.noisy_sums for specification in specifications], np.float64)
+    variances = np.array([specification.noise_variance for specification in specifications], np.float64)
+    counts, stds = estimate_counts(sums[:, 0], (sums[:, 1:] ** 2).sum(axis=1), variances, feature_map)
+    used = centred_means(specifications, feature_map)[:, : views * feature_map.view_dimension]
+    return Columns(counts, stds, np.sqrt(variances) / (FEATURE_SCALE * counts), (used**2).sum(axis=1))

@@ -5,27 +5,30 @@ Everything here is a pure function of public scalars, the querier's own sketch a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.catalogue import Catalogue, Columns
+from protocol.catalogue import Catalogue, Columns, centred_means, columns_of
 from protocol.errors import FormatError
 from protocol.features import FeatureMap, ScoringConstants
+from protocol.specification import Specification
 
 # Owner's and user's texts drift apart by more than sampling, and overstating the query size makes the model prefer noisy releases.
 MAX_QUERY_SIZE = 16
 TIE_STDS = 2.0
-# Related tasks lie at about this share of the public tasks' mutual distance; a test that cannot see that far decides nothing.
-SEPARATION = 0.07
+# A bare "match" promises that the test would have told a task this far away, as a share of the mean squared distance of unrelated tasks.
+SEPARATION = 0.04
 
 
 class Verdict(StrEnum):
     """What a search found."""
 
     MATCH = "match"
+    SIBLING = "sibling"  # another task, but nearer than any two of the map's public tasks are to each other
     NONE = "none"
     CANNOT_TELL = "cannot tell"  # the noise leaves the test without power to keep related tasks apart
 
@@ -71,7 +74,8 @@ class Scores:
     llr: NDArray[np.float64]  # log-likelihood ratio "same task" against "another task", nats
     std: NDArray[np.float64]  # its standard deviation under the release's known noise
     distance: NDArray[np.float64]  # d2/sd0: near 0 under "same task" whatever the domain
-    resolution: NDArray[np.float64]  # smallest squared distance that the test can see, in units of that between related tasks
+    separation: NDArray[np.float64]  # d2 as a share of the mean squared distance of unrelated tasks: 0 the same, 1 unrelated
+    resolution: NDArray[np.float64]  # smallest separation that the test can see, in units of SEPARATION
 
 
 def score(inner_products: NDArray[np.float64], columns: Columns, sketch: Sketch, feature_map: FeatureMap) -> Scores:
@@ -92,12 +96,23 @@ def score(inner_products: NDArray[np.float64], columns: Columns, sketch: Sketch,
     llr = -residual / (2 * spread) - used / 2 * np.log(spread / alone) + own / (2 * alone)
     std = shrink * np.sqrt(noise * residual) / spread
 
-    sampling = 1 / sketch.size + 1 / counts
+    # Under "same task": sampling on both sides, drift between owner's and user's texts, noise, and an error in the number of units,
+    # which stretches the whole mean.
+    sampling = 1 / sketch.size + 1 / counts + constants.drift
+    stretch = (columns.count_stds / counts) ** 2 * constants.norm
     trace, trace_of_square = float(np.trace(sketch.covariance)), float((sketch.covariance**2).sum())
-    d2 = own - 2 * inner_products + norms - used * noise - trace * sampling
-    sd0 = np.sqrt(2 * (sampling**2 * trace_of_square + 2 * sampling * noise * trace + used * noise**2))
-    resolution = constants.threshold * sd0 / (SEPARATION * used * constants.between)
-    return Scores(llr, std, d2 / sd0, resolution)
+    d2 = own - 2 * inner_products + norms - used * noise - trace * sampling - stretch
+    variance = sampling**2 * trace_of_square + 2 * sampling * noise * trace + used * noise**2
+    variance = variance + stretch**2 + 2 * stretch * (noise + sampling * trace / used)
+    sd0 = np.sqrt(2 * variance)
+    unrelated = 2 * used * constants.between
+    return Scores(llr, std, d2 / sd0, d2 / unrelated, constants.threshold * sd0 / (SEPARATION * unrelated))
+
+
+def score_releases(specifications: Sequence[Specification], sketch: Sketch, feature_map: FeatureMap) -> Scores:
+    """Return the scores of specifications that lie here in clear: no catalogue, no encryption."""
+    products = centred_means(specifications, feature_map) @ sketch.centred_mean
+    return score(products, columns_of(specifications, feature_map, sketch.views), sketch, feature_map)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +126,7 @@ class Match:
     gap_to_next: float  # infinity for the last
     tie: bool  # the gap is below two standard deviations of the difference
     distance: float
+    separation: float
     resolution: float  # above 1 the test has no power
 
 
@@ -137,15 +153,18 @@ def rank(scores: Scores, catalogue: Catalogue, sketch: Sketch) -> Ranking:
         following = order[place + 1] if place + 1 < len(order) else None
         gap = float(scores.llr[i] - scores.llr[following]) if following is not None else float("inf")
         tie = following is not None and gap < TIE_STDS * float(np.hypot(scores.std[i], scores.std[following]))
-        llr, std, distance, resolution = (float(column[i]) for column in (scores.llr, scores.std, scores.distance, scores.resolution))
-        matches.append(Match(ids[i], place + 1, llr, std, gap, tie, distance, resolution))
-    best = matches[0] if matches else None
-    verdict = verdict_of(best.llr, best.distance, best.resolution, catalogue.feature_map, sketch.views) if best else Verdict.NONE
+        columns = (scores.llr, scores.std, scores.distance, scores.separation, scores.resolution)
+        llr, std, distance, separation, resolution = (float(column[i]) for column in columns)
+        matches.append(Match(ids[i], place + 1, llr, std, gap, tie, distance, separation, resolution))
+    verdict = verdict_of(scores, int(order[0]), catalogue.feature_map, sketch.views) if matches else Verdict.NONE
     return Ranking(tuple(matches), verdict, threshold)
 
 
-def verdict_of(llr: float, distance: float, resolution: float, feature_map: FeatureMap, views: int) -> Verdict:
-    """Return the verdict on one release from its scores (docs/protocol.md 5.3 and 5.4)."""
-    if llr <= 0 or distance > constants_for(feature_map, views).threshold:
+def verdict_of(scores: Scores, i: int, feature_map: FeatureMap, views: int) -> Verdict:
+    """Return the verdict on release i from its scores (docs/protocol.md 5.3 to 5.5)."""
+    constants = constants_for(feature_map, views)
+    if scores.distance[i] > constants.threshold:
+        return Verdict.SIBLING if scores.separation[i] < constants.related else Verdict.NONE
+    if scores.llr[i] <= 0:  # nearer than an unrelated task would be?  A release that is all noise is close to everything
         return Verdict.NONE
-    return Verdict.MATCH if resolution <= 1 else Verdict.CANNOT_TELL
+    return Verdict.MATCH if scores.resolution[i] <= 1 else Verdict.CANNOT_TELL

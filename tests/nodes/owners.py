@@ -7,7 +7,7 @@ import numpy as np
 
 from nodes.base_model import PROMPT_TOKENS, RESPONSE_TOKENS, BaseModel
 from nodes.guard import Guard
-from protocol.features import FeatureMap, ScoringConstants, View
+from protocol.features import EmbeddingKind, FeatureMap, ScoringConstants, View
 from protocol.hazmat.noise import operating_system
 from protocol.release import Card
 
@@ -23,11 +23,12 @@ def tiny_map(model: BaseModel) -> FeatureMap:
         zeros, ones = np.zeros(model.width, np.float32), np.ones(model.width, np.float32)
         return View(zeros, ones, zeros, axes)
 
-    constants = ScoringConstants(0.02, 0.2, 3.0)
+    constants = ScoringConstants(0.02, 0.2, norm=0.5, norm_std=0.2, drift=0.01, related=0.5, threshold=3.0)
     limits = (PROMPT_TOKENS, RESPONSE_TOKENS)
     return FeatureMap(
-        "tiny", model.model_id, LAYER, limits, (view(), view()), np.zeros(DIMENSION, np.int64), constants, constants, ("public",)
-    )
+        "tiny", model.model_id, EmbeddingKind.HIDDEN_STATES, LAYER, limits, (view(), view()), np.zeros(DIMENSION, np.int64),
+        constants, constants, ("public",),
+    )  # fmt: skip
 
 
 def write_records(path: Path, count: int = 40, word: str = "wool") -> Path:

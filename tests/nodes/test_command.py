@@ -64,7 +64,7 @@ def test_wrong_input_gets_one_clear_error_and_its_exit_code(tmp_path):
         (2, ["ask", "-m", "x@00000000"], "Missing argument"),
         (3, ["ask", "-m", "x@00000000", "hello"], "not pulled"),
         (2, ["map", "show", str(tmp_path / "none.map")], "none.map"),
-        (7, ["map", "show", good], "veilmart/map/v1"),
+        (7, ["map", "show", good], "veilmart/map/v2"),
         (2, ["model", "import", "--gguf", good], "SHA-256"),
         (2, ["frobnicate"], "frobnicate"),
         (2, ["market", "up", "--port", "0", "--home", good], "good.jsonl"),
@@ -94,7 +94,7 @@ def test_a_failed_import_leaves_nothing_half_written(tmp_path):
 def test_the_shipped_map_is_shown(tmp_path):
     shown = json.loads(veilmart("map", "show", "--json", home=tmp_path).stdout)
     assert shown["schema"] == "veilmart.map/1"
-    assert shown["dimension"] == 64
+    assert shown["dimension"] == 96
 
 
 def test_a_traceback_appears_only_on_request(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from protocol.catalogue import EMPTY_HEAD, centred_mean, extend_head, open_rows, row_of, sign_head
+from protocol.catalogue import EMPTY_HEAD, centred_means, extend_head, open_rows, row_of, sign_head
 from protocol.errors import FormatError, IncompatibleSpecification, InvalidSignature
 from tests.protocol.worlds import release_of, small_map
 
@@ -18,15 +18,16 @@ PUBLIC = MARKET.public_key().public_bytes_raw()
 def test_the_scalars_of_a_row_are_those_of_the_release():
     columns = open_rows(MAP, [], ROWS, HEAD, PUBLIC).columns(2)
     for i, release in enumerate(RELEASES):
-        mean = centred_mean(release.specification, MAP)
+        (mean,) = centred_means([release.specification], MAP)
         assert columns.norms_squared[i] == pytest.approx(mean @ mean, rel=1e-9)
-        assert columns.counts[i] == release.specification.count
-        assert columns.noise_stds[i] == pytest.approx(release.specification.noise_std)
+        assert columns.noise_stds[i] * columns.counts[i] == pytest.approx(
+            release.specification.noise_std * release.specification.count, rel=1e-9
+        )
 
 
 def test_a_query_of_prompts_uses_the_first_view_only():
     columns = open_rows(MAP, [], ROWS, HEAD, PUBLIC).columns(1)
-    mean = centred_mean(RELEASES[0].specification, MAP)[: MAP.view_dimension]
+    mean = centred_means([RELEASES[0].specification], MAP)[0, : MAP.view_dimension]
     assert columns.norms_squared[0] == pytest.approx(mean @ mean, rel=1e-9)
 
 

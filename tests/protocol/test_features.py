@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from protocol.errors import FormatError
-from protocol.features import default_map, load_map
+from protocol.errors import FormatError, UsageError
+from protocol.features import default_map, load_map, open_map, shipped_map, shipped_maps, waves_of
+from protocol.specification import quantise
 from tests.protocol.worlds import WIDTH, small_map
 
 MAP = small_map()
@@ -55,5 +56,35 @@ def test_a_cut_manifest_is_refused(cut):
 
 def test_the_shipped_map_is_the_documented_one():
     shipped = default_map()
-    assert (shipped.dimension, shipped.layer, shipped.token_limits, shipped.width) == (64, 6, (60, 40), 576)
+    assert (shipped.dimension, shipped.layer, shipped.token_limits, shipped.width) == (96, 6, (60, 40), 576)
     assert len(shipped.fitted_on) == 10
+
+
+@pytest.mark.parametrize("name", shipped_maps())
+def test_every_shipped_map_gives_features_that_the_mechanism_takes(name):
+    shipped = shipped_map(name)
+    x = np.random.default_rng(2).standard_normal((20, 2, shipped.width)).astype(np.float32) * shipped.views[0].scale
+    x[3, 1] = 0  # a record without a response
+    z = shipped(x)
+    assert z.shape == (20, shipped.dimension)
+    assert np.linalg.norm(np.delete(z, 3, axis=0), axis=1) == pytest.approx(1.0, abs=1e-9)
+    assert np.linalg.norm(z[3]) == pytest.approx(0.5**0.5)
+    assert len(quantise(z).rows) == 20  # the exact integer bound holds for every kind of map
+    assert load_map(shipped.manifest).map_id == shipped.map_id
+
+
+def test_a_map_is_opened_by_name_or_file(tmp_path):
+    assert open_map("kme-lin-96").map_id == default_map().map_id
+    (tmp_path / "own.map").write_bytes(MAP.manifest)
+    assert open_map(str(tmp_path / "own.map")).map_id == MAP.map_id
+    with pytest.raises(UsageError, match="kme-lin-96"):
+        open_map("no-such-map")
+
+
+def test_waves_are_those_of_a_shift_invariant_kernel():
+    """<phi(x), phi(y)> approaches exp(-|x - y|^2 / 2) (Rahimi and Recht 2007)."""
+    rng = np.random.default_rng(3)
+    x, y = rng.standard_normal((2, 50, 4)) * 0.7
+    frequencies = rng.standard_normal((4, 20_000)).astype(np.float32)
+    kernel = (waves_of(x, frequencies) * waves_of(y, frequencies)).sum(axis=1)
+    assert kernel == pytest.approx(np.exp(-((x - y) ** 2).sum(axis=1) / 2), abs=0.04)

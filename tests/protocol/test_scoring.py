@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from protocol.catalogue import ROW, Catalogue, Columns, Head
+from protocol.catalogue import ROW, Catalogue, Columns, Head, estimate_counts
 from protocol.features import ScoringConstants
-from protocol.scoring import MAX_QUERY_SIZE, Sketch, Verdict, rank, score, sketch_of
+from protocol.scoring import MAX_QUERY_SIZE, Sketch, Verdict, rank, score, sketch_of, verdict_of
+from protocol.specification import COUNT_STEP, FEATURE_SCALE
 from tests.protocol.worlds import features, small_map
 
 MAP = small_map()
 
 
 def columns_of(means: np.ndarray, counts: np.ndarray, noise: np.ndarray) -> Columns:
-    return Columns(counts, noise, (means**2).sum(axis=1))
+    return Columns(counts, np.full(len(counts), 0.1), noise, (means**2).sum(axis=1))
 
 
 def slow_llr(q: np.ndarray, mean: np.ndarray, count: float, noise: float, size: int, constants: ScoringConstants) -> float:
@@ -85,6 +86,34 @@ def test_noise_that_hides_related_tasks_gives_no_match(noise, verdict):
     assert rank(scores, Catalogue(MAP, np.zeros(1, ROW), ("a",), head), sketch).verdict is verdict
 
 
+def test_another_task_is_a_sibling_if_it_is_near_and_none_if_it_is_far():
+    q, d = np.full(4, 0.15), MAP.dimension
+    unrelated = 2 * d * MAP.full.between
+    for share, verdict in ((0.25, Verdict.SIBLING), (0.9, Verdict.NONE)):
+        mean = q + np.array([1.0, 0, 0, 0]) * np.sqrt(share * unrelated)
+        columns = columns_of(mean[None], np.array([5000.0]), np.array([0.001]))
+        sketch = Sketch(q, np.eye(4) * 1e-4, 50, 2)
+        scores = score(np.array([mean @ q]), columns, sketch, MAP)
+        assert scores.separation[0] == pytest.approx(share, abs=0.02)
+        assert verdict_of(scores, 0, MAP, 2) is verdict
+
+
+@pytest.mark.parametrize("units", [40, 100, 400, 5000])
+def test_the_estimated_count_is_better_than_the_noisy_count_and_knows_its_error(units):
+    rng, variance, norm = np.random.default_rng(units), 318_153_166.0, MAP.full.norm
+    mean = rng.standard_normal((4000, MAP.dimension))
+    mean *= np.sqrt(rng.normal(norm, 0.1, (4000, 1)).clip(0.2) / (mean**2).sum(axis=1, keepdims=True))
+    sums = FEATURE_SCALE * units * mean + np.sqrt(variance) * rng.standard_normal(mean.shape)
+    noisy = COUNT_STEP * units + np.sqrt(variance) * rng.standard_normal(4000)
+    counts, stds = estimate_counts(noisy, (sums**2).sum(axis=1), np.full(4000, variance), MAP)
+    error, plain = counts - units, noisy / COUNT_STEP - units
+    assert np.sqrt((error**2).mean()) < 1.02 * np.sqrt((plain**2).mean())
+    if units == 40:
+        assert np.sqrt((error**2).mean()) < 0.8 * np.sqrt((plain**2).mean())
+    assert 0.6 < np.sqrt((error**2).mean()) / stds.mean() < 1.1
+    assert abs(error.mean()) < 0.12 * units
+
+
 def test_a_query_of_prompts_says_nothing_about_the_second_view():
     z = features(20, 1)
     sketch = sketch_of(z, MAP, 1)
@@ -97,4 +126,4 @@ def test_one_text_uses_the_public_covariance():
 
 
 def test_the_verdicts_are_the_documented_words():
-    assert {str(verdict) for verdict in Verdict} == {"match", "none", "cannot tell"}
+    assert {str(verdict) for verdict in Verdict} == {"match", "sibling", "none", "cannot tell"}

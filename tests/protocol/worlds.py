@@ -3,13 +3,14 @@
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from protocol.features import FeatureMap, ScoringConstants, View
+from protocol.features import EmbeddingKind, FeatureMap, ScoringConstants, View
 from protocol.hazmat.noise import operating_system
 from protocol.privacy import Guarantee
 from protocol.release import AdapterReference, Card, Release, sign_release
 from protocol.specification import estimate, quantise
 
 WIDTH, DIMENSION = 8, 4
+CONSTANTS = ScoringConstants(between=0.01, within=0.2, norm=0.5, norm_std=0.2, drift=0.001, related=0.5, threshold=2.5)
 
 
 def small_map(name: str = "small", seed: int = 0) -> FeatureMap:
@@ -19,9 +20,11 @@ def small_map(name: str = "small", seed: int = 0) -> FeatureMap:
         axes = np.linalg.qr(rng.standard_normal((WIDTH, DIMENSION // 2)))[0].astype(np.float32)
         return View(*(rng.uniform(0.1, 1, WIDTH).astype(np.float32) for _ in range(3)), axes)
 
-    constants = ScoringConstants(between=0.01, within=0.2, threshold=2.5)
+    constants = CONSTANTS
     centre = rng.integers(-50_000, 50_000, DIMENSION)
-    return FeatureMap(name, "ab" * 32, 6, (60, 40), (view(), view()), centre, constants, constants, ("public-a", "public-b"))
+    return FeatureMap(
+        name, "ab" * 32, EmbeddingKind.HIDDEN_STATES, 6, (60, 40), (view(), view()), centre, constants, constants, ("public-a", "public-b")
+    )
 
 
 def features(count: int, seed: int, dimension: int = DIMENSION) -> np.ndarray:
