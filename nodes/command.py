@@ -271,7 +271,7 @@ def find(
             console.say(f'next: veilmart ask -m {found.name_of(shown[0].release_id)} "..."')
     if not matched:
         if not (as_json or quiet):
-            console.say(_why_not(found.ranking, found.catalogue, sketch.size))
+            console.say(_why_not(found.ranking, found.catalogue, sketch.size, sketch.views))
         raise typer.Exit(NotFound.exit_code)
 
 
@@ -453,7 +453,7 @@ def _print(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
         console.print_lines(*lines)
 
 
-def _why_not(ranking: Ranking, catalogue: Catalogue, query_size: int) -> str:
+def _why_not(ranking: Ranking, catalogue: Catalogue, query_size: int, views: int) -> str:
     from protocol.scoring import MAX_QUERY_SIZE, Verdict
 
     if not ranking.matches:
@@ -466,6 +466,8 @@ def _why_not(ranking: Ranking, catalogue: Catalogue, query_size: int) -> str:
             "a sibling: the best one is related to your task but another task "
             f"({100 * best.separation:.0f} % of the distance between unrelated tasks); try it against the base model"
         )
+    if views == 1:
+        return "cannot tell: prompts alone do not tell tasks apart that share their prompts; add responses to the texts"
     if query_size < MAX_QUERY_SIZE:
         return f"cannot tell: {query_size} texts say too little about your task; give at least {MAX_QUERY_SIZE}"
     count = catalogue.columns(1).counts[catalogue.release_ids.index(best.release_id)]

@@ -19,8 +19,8 @@ from protocol.errors import UsageError
 from protocol.features import CENTRE_SCALE, EmbeddingKind, FeatureMap, ScoringConstants, View, waves_of
 from protocol.hazmat.noise import NoiseSource
 from protocol.privacy import Guarantee
-from protocol.scoring import score_releases, sketch_of
-from protocol.specification import estimate, quantise
+from protocol.scoring import Scores, Sketch, constants_for, score_releases, sketch_of
+from protocol.specification import Specification, estimate, quantise
 
 if TYPE_CHECKING:
     from nodes.base_model import BaseModel
@@ -137,11 +137,7 @@ def fit_map(tasks: Sequence[PublicTask], model: BaseModel, design: Design) -> Fe
     feature_map = replace(
         feature_map, centre=centre, full=_constants(features), prompt_only=_constants([(a[:, :half], b[:, :half]) for a, b in features])
     )
-    return replace(
-        feature_map,
-        full=replace(feature_map.full, threshold=_threshold(features, feature_map, 2)),
-        prompt_only=replace(feature_map.prompt_only, threshold=_threshold(features, feature_map, 1)),
-    )
+    return replace(feature_map, full=_calibrated(features, feature_map, 2), prompt_only=_calibrated(features, feature_map, 1))
 
 
 Features = tuple[NDArray[np.float64], NDArray[np.float64]]  # of a task's training and of its test texts
@@ -181,20 +177,32 @@ def _drift(train: NDArray[np.float64], test: NDArray[np.float64]) -> float:
     return (squared - traces[0] / len(train) - traces[1] / len(test)) / traces[0]
 
 
-def _threshold(features: Sequence[Features], feature_map: FeatureMap, views: int) -> float:
-    """Return the d2/sd0 that REJECTED of the true pairs exceed, at the worst of the sizes: real mechanism, real score, public data."""
+def _calibrated(features: Sequence[Features], feature_map: FeatureMap, views: int) -> ScoringConstants:
+    """Return the constants with the threshold that REJECTED of the true pairs exceed, at the worst of the sizes.
+
+    Real mechanism, real score, public data.  Much drift leaves room for tasks that drift more than most; little drift sees nearer
+    siblings.  Of several multiples of the measured drift the one is taken with which the smallest size sees farthest.
+    """
     rng = np.random.default_rng(0)
-    noise = NoiseSource(
-        random.Random(0).randbytes, simulated=True
-    )  # public texts: neither which are drawn nor their noise protects anybody
-    quantiles = []
-    for units in CALIBRATION_UNITS:
-        distances = []
+    noise = NoiseSource(random.Random(0).randbytes, simulated=True)  # texts are public: neither draws nor noise protect anybody
+    pairs: dict[int, list[tuple[Specification, Sketch]]] = {units: [] for units in CALIBRATION_UNITS}
+    for units, drawn in pairs.items():
         for train, test in features:
             for _ in range(DRAWS):
                 own = train[rng.permutation(len(train))[:units] if len(train) >= units else rng.integers(0, len(train), units)]
-                sketch = sketch_of(test[rng.permutation(len(test))[:QUERY_SIZE]], feature_map, views)
                 released = estimate(quantise(own), feature_map.map_id, CALIBRATION, noise)
-                distances.append(float(score_releases([released], sketch, feature_map).distance[0]))
-        quantiles.append(float(np.quantile(distances, 1 - REJECTED)))
-    return max(quantiles)
+                drawn.append((released, sketch_of(test[rng.permutation(len(test))[:QUERY_SIZE]], feature_map, views)))
+
+    def try_drift(times: float) -> tuple[float, ScoringConstants]:
+        before = constants_for(feature_map, views)
+        candidate = replace(before, drift=before.drift * times)
+
+        def scores_with(constants: ScoringConstants, units: int) -> list[Scores]:
+            under = replace(feature_map, full=constants, prompt_only=constants)
+            return [score_releases([released], sketch, under) for released, sketch in pairs[units]]
+
+        quantiles = [float(np.quantile([scores.distance[0] for scores in scores_with(candidate, units)], 1 - REJECTED)) for units in pairs]
+        chosen = replace(candidate, threshold=max(*quantiles, 0.1))
+        return float(np.median([scores.resolution[0] for scores in scores_with(chosen, min(pairs))])), chosen
+
+    return min((try_drift(times) for times in (1.0, 1.5, 2.0, 2.5, 3.0)), key=lambda tried: tried[0])[1]

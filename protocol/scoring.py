@@ -21,7 +21,7 @@ from protocol.specification import Specification
 MAX_QUERY_SIZE = 16
 TIE_STDS = 2.0
 # A bare "match" promises that the test would have told a task this far away, as a share of the mean squared distance of unrelated tasks.
-SEPARATION = 0.04
+SEPARATION = 0.032
 
 
 class Verdict(StrEnum):
@@ -106,7 +106,8 @@ def score(inner_products: NDArray[np.float64], columns: Columns, sketch: Sketch,
     variance = variance + stretch**2 + 2 * stretch * (noise + sampling * trace / used)
     sd0 = np.sqrt(2 * variance)
     unrelated = 2 * used * constants.between
-    return Scores(llr, std, d2 / sd0, d2 / unrelated, constants.threshold * sd0 / (SEPARATION * unrelated))
+    seen = constants.threshold * sd0 + constants.drift * trace  # a true squared distance beyond this is told from zero
+    return Scores(llr, std, d2 / sd0, d2 / unrelated, seen / (SEPARATION * unrelated))
 
 
 def score_releases(specifications: Sequence[Specification], sketch: Sketch, feature_map: FeatureMap) -> Scores:
