@@ -58,4 +58,5 @@ def _onto_simplex(v: NDArray[np.float64]) -> NDArray[np.float64]:
     descending = np.sort(v)[::-1]
     excess = (np.cumsum(descending) - 1) / np.arange(1, len(v) + 1)
     last = int(np.flatnonzero(descending > excess)[-1])
-    return np.maximum(v - excess[last], 0.0)
+    projected: NDArray[np.float64] = np.maximum(v - excess[last], 0.0)
+    return projected
