@@ -10,6 +10,7 @@ from protocol.release import AdapterReference, Card, Release, sign_release
 from protocol.specification import estimate, quantise
 
 WIDTH, DIMENSION = 8, 4
+ONE = Guarantee(1.0, 1e-6)
 
 
 def small_map(name: str = "small", seed: int = 0) -> FeatureMap:
@@ -31,11 +32,17 @@ def features(count: int, seed: int, dimension: int = DIMENSION) -> np.ndarray:
 
 
 def release_of(
-    feature_map: FeatureMap, key: Ed25519PrivateKey, *, number: int = 1, seed: int = 0, simulated: bool = False, adapter=None
+    feature_map: FeatureMap,
+    key: Ed25519PrivateKey,
+    *,
+    number: int = 1,
+    seed: int = 0,
+    simulated: bool = False,
+    adapter=None,
+    guarantee: Guarantee = ONE,
+    count: int = 300,
 ) -> Release:
-    specification = estimate(
-        quantise(features(300, seed, feature_map.dimension)), feature_map.map_id, Guarantee(1.0, 1e-6), operating_system()
-    )
+    specification = estimate(quantise(features(count, seed, feature_map.dimension)), feature_map.map_id, guarantee, operating_system())
     previous = b"" if number == 1 else bytes(32)
     base = bytes.fromhex(feature_map.base_model)
     return Release(key.public_key().public_bytes_raw(), number, previous, base, specification, adapter, Card(f"owner-{seed}"), simulated)
