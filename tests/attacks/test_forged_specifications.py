@@ -1,6 +1,6 @@
 """The zoo of forged specifications against gate, score and verdict.
 
-Synthetic markets of 100 tasks in 10 domains (between-task variance .26, within .65, as on real text), one honest node a task at n = 500,
+Synthetic markets of 100 tasks in 10 domains (between-task variance .26, within .65, as on real text), one honest node a task at n = 1000,
 epsilon 1, queries of 50 texts, D = 64; 30 further tasks of the same domains that nobody owns.  Each forged specification joins a market
 of honest ones.  What is asserted: the gate refuses what it can see; of what it admits, nothing takes a "match" from tasks that are not
 its own.  Leaving out the noise, copying and averaging public specifications of a task are NOT protected against, and asserted as such.
@@ -21,6 +21,7 @@ from protocol.scoring import Sketch, Verdict, score, verdict_of
 from protocol.specification import COUNT_STEP, FEATURE_SCALE, NORM_SQUARED, Specification
 
 D, DOMAINS, TASKS, ABSENT, QUERY_SIZE, MARKETS = 64, 10, 100, 30, 50, 4
+N = 1000  # records of an honest node: enough that the abstention test has power, so that a verdict "match" is there to be won
 BETWEEN, WITHIN = 0.26 / D, 0.65 / D
 ONE = Guarantee(1.0, 1e-6)
 VARIANCE = noise_variance(ONE, NORM_SQUARED)
@@ -61,10 +62,10 @@ class Market:
         market.honest = [market.release(task) for task in present]
         return market
 
-    def own_mean(self, task: np.ndarray, count: int = 500) -> np.ndarray:
+    def own_mean(self, task: np.ndarray, count: int = N) -> np.ndarray:
         return task + self.rng.standard_normal(D) * math.sqrt(WITHIN / count)
 
-    def release(self, task: np.ndarray, count: int = 500) -> Specification:
+    def release(self, task: np.ndarray, count: int = N) -> Specification:
         return built(self.own_mean(task, count), count, noise=self.rng)
 
     def query(self, task: np.ndarray) -> Sketch:
@@ -72,7 +73,7 @@ class Market:
         return Sketch(mean - self.feature_map.task_mean, WITHIN * np.eye(D), QUERY_SIZE, 2)
 
 
-def built(mean, count=500.0, *, noise=None, variance=VARIANCE, guarantee=ONE) -> Specification:
+def built(mean, count=float(N), *, noise=None, variance=VARIANCE, guarantee=ONE) -> Specification:
     sums = np.concatenate([[COUNT_STEP * count], FEATURE_SCALE * count * np.asarray(mean)])
     if noise is not None:
         sums = sums + noise.standard_normal(D + 1) * math.sqrt(variance)
@@ -117,15 +118,16 @@ ZOO = {
     ),
     "unit magnet to the mean of all": (lambda m: built(unit(means(m).mean(axis=0))), "admitted"),
     "unit magnet to the victim": (lambda m: built(unit(m.honest[m.victim].mean)), "admitted"),
-    "mean of all, count 500": (lambda m: built(means(m).mean(axis=0)), "admitted"),
+    "mean of all, honest count": (lambda m: built(means(m).mean(axis=0)), "admitted"),
     "mean of all, count 1e5": (lambda m: built(means(m).mean(axis=0), 1e5), "admitted"),
     "all coordinates equal, norm 1": (lambda m: built(np.full(D, D**-0.5)), "admitted"),
     "noisy vacuous: count 100, body g": (lambda m: built(centre_of(m), 100, noise=m.rng), "admitted"),
     "noisy hub: count 100, mean of a domain": (lambda m: built(of_domain(m), 100, noise=m.rng), "admitted"),
-    "hub: count 500, mean of a domain": (lambda m: built(of_domain(m), 500), "admitted"),
+    "hub: honest count, mean of a domain": (lambda m: built(of_domain(m)), "admitted"),
+    # Not protected: they win queries of the task that they really are about.  That a larger claimed count pays as well comes with the
+    # query size of at most 16 in the score: the query's own uncertainty then hides the noise that the claim denies.
     "noisy own data, all x100": (lambda m: scaled(m.release(m.tasks[m.victim]), 100), "admitted"),
     "copy of the victim, all x100": (lambda m: scaled(m.honest[m.victim], 100), "admitted"),
-    # Not protected: they win queries of the task that they really are about.
     "clean own mean, honest s2": (lambda m: built(m.own_mean(m.tasks[m.victim])), "admitted"),
     "clean own mean, count 50 000": (lambda m: built(m.own_mean(m.tasks[m.victim]), 50_000), "admitted"),
     "average of four specifications of the task": (
@@ -133,8 +135,7 @@ ZOO = {
     ),
     "plain copy of the victim": (lambda m: m.honest[m.victim], "admitted"),
 }  # fmt: skip
-NOT_PROTECTED = list(ZOO)[-4:]
-NOT_ASKED_HERE = {"noisy own data, all x100", "copy of the victim, all x100", *NOT_PROTECTED}  # real data of the victim's task
+NOT_PROTECTED = list(ZOO)[-6:]
 
 
 @pytest.fixture(scope="module")
@@ -211,19 +212,28 @@ def test_an_admitted_forgery_takes_no_match_from_other_tasks(markets, name):
     assert np.mean(absent) <= 0.01
 
 
-@pytest.mark.parametrize("name", [name for name in ADMITTED if name not in NOT_ASKED_HERE])
+@pytest.mark.parametrize("name", [name for name in ADMITTED if name not in NOT_PROTECTED])
 def test_an_admitted_forgery_takes_no_match_from_its_victim(markets, name):
     make = ZOO[name][0]
     shares = [won(market, make(market), np.repeat(market.tasks[[market.victim]], 20, axis=0)).match for market in markets]
     assert np.mean(shares) <= 0.05
 
 
-@pytest.mark.parametrize("name", NOT_PROTECTED[:3])
-def test_leaving_out_the_noise_is_not_protected_against(markets, name):
+@pytest.mark.parametrize("name", NOT_PROTECTED[:5])
+def test_leaving_out_the_noise_scaling_and_averaging_are_not_protected_against(markets, name):
     """docs/sharp-edges.md says so; if this ever fails, a remedy was found and the page is to be changed."""
     make = ZOO[name][0]
     shares = [won(market, make(market), np.repeat(market.tasks[[market.victim]], 20, axis=0)).first for market in markets]
     assert np.mean(shares) > 0.5
+
+
+def test_honest_specifications_do_win_their_own_queries(markets):
+    """Without this, "no match" above would say nothing: more than nine in ten queries find the node of their task with "match"."""
+    shares = []
+    for market in markets:
+        alone = Market(market.rng, market.feature_map, market.tasks, market.absent, market.honest[1:], 0)
+        shares.append(won(alone, market.honest[0], np.repeat(market.tasks[:1], 20, axis=0)).match)
+    assert np.mean(shares) > 0.9
 
 
 # Controls: the same zoo wins where one of the defences is missing.
