@@ -133,3 +133,36 @@ def test_a_unit_is_counted_once_and_is_the_mean_of_its_records():
 def test_units_that_do_not_fit_the_records_are_refused():
     with pytest.raises(FeatureNormError, match="units"):
         quantise_units(unit_rows(3, 4), ["a", "b"])
+
+
+def attack(sigmas: float, releases: int = 400) -> tuple[float, float]:
+    """Return (area under the curve, its standard error) of the best membership attack, with noise `sigmas` times what it should be.
+
+    The attacker knows every other record: it projects the release minus their sum on the record's own vector, which is the
+    likelihood-ratio test of two Gaussians.
+    """
+    rows = unit_rows(30, 8)
+    vectors = quantise(rows).rows
+    rest, own = vectors[1:].sum(axis=0), vectors[0].astype(np.float64)
+    statistics = []
+    for present in (True, False):
+        data = quantise(rows if present else rows[1:])
+        drawn = [estimate(data, bytes(32), Guarantee(4.0, 1e-6), operating_system()).noisy_sums for _ in range(releases)]
+        exact = data.rows.sum(axis=0)
+        statistics.append([float((exact + sigmas * (sums - exact) - rest) @ own) for sums in drawn])
+    with_it, without = np.array(statistics[0]), np.array(statistics[1])
+    return float((with_it[:, None] > without[None]).mean()), math.sqrt(1 / (6 * releases))
+
+
+AREA_AT_FOUR = 0.7232  # Phi(mu / sqrt 2) at epsilon 4, mu = 1/1.1935
+
+
+def test_no_attack_on_one_release_does_better_than_the_bound():
+    area, error = attack(1.0)
+    assert area <= AREA_AT_FOUR + 5 * error  # five standard errors: 3e-7
+    assert area > AREA_AT_FOUR - 5 * error, "the best attack does reach the bound, or it says nothing"
+
+
+def test_the_best_attack_on_less_noise_exceeds_the_bound():
+    area, error = attack(0.5)
+    assert area > AREA_AT_FOUR + 5 * error
