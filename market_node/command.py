@@ -29,6 +29,16 @@ def up(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 picks a free one.")] = 7443,
     name: Annotated[list[str] | None, typer.Option("--name", help="Host name or address for the certificate; repeatable.")] = None,
     simulation: Annotated[bool, typer.Option("--simulation", help="Accept releases made with simulated noise.")] = False,
+    largest_epsilon: Annotated[
+        float | None, typer.Option("--largest-epsilon", help="Refuse specifications above it.", show_default="2; a simulation takes all")
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option("--delta", help="Take specifications at this delta only.", show_default="1e-6; a simulation takes all")
+    ] = None,
+    smallest_count: Annotated[
+        int | None,
+        typer.Option("--smallest-count", help="Refuse noisy counts of units below it.", show_default="50; a simulation takes all"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line when ready.")] = False,
 ) -> None:
     """Run a market until it is interrupted.
@@ -36,7 +46,15 @@ def up(
     Example: veilmart market up --port 7443
     """
     from market_node.server import run
+    from protocol.admission import LENIENT, AdmissionPolicy
     from protocol.features import default_map
+
+    default = LENIENT if simulation else AdmissionPolicy()
+    policy = AdmissionPolicy(
+        default.largest_epsilon if largest_epsilon is None else largest_epsilon,
+        default.delta if delta is None else delta,
+        default.smallest_count if smallest_count is None else smallest_count,
+    )
 
     def ready(started: Started) -> None:
         if as_json:
@@ -52,7 +70,7 @@ def up(
             )
         sys.stdout.flush()
 
-    run(home / "market", host, port, default_map(), simulation=simulation, names=tuple(name or ()), ready=ready)
+    run(home / "market", host, port, default_map(), policy, simulation=simulation, names=tuple(name or ()), ready=ready)
 
 
 def register(app: typer.Typer) -> None:

@@ -18,6 +18,7 @@ import grpc
 from market_node.identity import market_identity
 from market_node.service import MarketService
 from market_node.store import Store
+from protocol.admission import AdmissionPolicy
 from protocol.errors import UsageError
 from protocol.features import FeatureMap
 from protocol.wire.market_pb2_grpc import add_MarketServicer_to_server
@@ -62,13 +63,21 @@ def only_market(home: Path) -> Iterator[None]:
 
 
 async def serve(
-    home: Path, host: str, port: int, feature_map: FeatureMap, *, simulation: bool, names: tuple[str, ...], ready: Callable[[Started], None]
+    home: Path,
+    host: str,
+    port: int,
+    feature_map: FeatureMap,
+    policy: AdmissionPolicy,
+    *,
+    simulation: bool,
+    names: tuple[str, ...],
+    ready: Callable[[Started], None],
 ) -> None:
     """Serve until SIGTERM or SIGINT; `ready` is called once with the address when the port is open."""
     with only_market(home):
         identity = market_identity(home, (*names, *(() if host in ("0.0.0.0", "::") else (host,))), datetime.datetime.now(datetime.UTC))
         store = Store.open(home)
-        service = MarketService(store, feature_map, identity.market_key, simulation=simulation)
+        service = MarketService(store, feature_map, identity.market_key, simulation=simulation, policy=policy)
         server = grpc.aio.server(options=OPTIONS)
         add_MarketServicer_to_server(service, server)  # type: ignore[no-untyped-call]
         credentials = grpc.ssl_server_credentials([(identity.server_key, identity.server_certificate)])
@@ -92,8 +101,16 @@ async def serve(
 
 
 def run(
-    home: Path, host: str, port: int, feature_map: FeatureMap, *, simulation: bool, names: tuple[str, ...], ready: Callable[[Started], None]
+    home: Path,
+    host: str,
+    port: int,
+    feature_map: FeatureMap,
+    policy: AdmissionPolicy,
+    *,
+    simulation: bool,
+    names: tuple[str, ...],
+    ready: Callable[[Started], None],
 ) -> None:
     """Serve in this process, with its log on stderr."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
-    asyncio.run(serve(home, host, port, feature_map, simulation=simulation, names=names, ready=ready))
+    asyncio.run(serve(home, host, port, feature_map, policy, simulation=simulation, names=names, ready=ready))

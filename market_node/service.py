@@ -15,8 +15,10 @@ import grpc
 from market_node.matcher import Matcher
 from market_node.store import AdapterUpload, Store, read_chunks
 from protocol import errors
+from protocol.admission import AdmissionPolicy, admit
 from protocol.catalogue import row_of, sign_head
 from protocol.channel import CHUNK_BYTES, CODE_KEY
+from protocol.codec import format_decimal
 from protocol.encryption import PROFILE, QUERY_BYTES
 from protocol.errors import FormatError, IncompatibleSpecification, QuotaExceeded, UsageError, VeilmartError
 from protocol.features import FeatureMap
@@ -30,6 +32,7 @@ log = logging.getLogger("veilmart.market")
 STATUSES: tuple[tuple[type[VeilmartError], grpc.StatusCode], ...] = (
     (errors.StaleCatalogue, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.IncompatibleSpecification, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.NotAdmitted, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.FormatError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.InvalidSignature, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.InvalidAdapter, grpc.StatusCode.INVALID_ARGUMENT),
@@ -121,10 +124,13 @@ def in_chunks(entries: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 
 class MarketService(MarketServicer):
-    """One market over one store and one feature map."""
+    """One market over one store and one feature map.  policy: which specifications it takes."""
 
-    def __init__(self, store: Store, feature_map: FeatureMap, market_key: Any, *, simulation: bool) -> None:
+    def __init__(
+        self, store: Store, feature_map: FeatureMap, market_key: Any, *, simulation: bool, policy: AdmissionPolicy | None = None
+    ) -> None:
         self._store, self._map, self._key, self._simulation = store, feature_map, market_key, simulation
+        self._policy = policy or AdmissionPolicy()
         self._public = market_key.public_key().public_bytes_raw()
         self._matcher = Matcher(store, feature_map)
         # One thread writes and reads the store; one evaluates.  The event loop never waits for disk or arithmetic.
@@ -152,8 +158,13 @@ class MarketService(MarketServicer):
         del request, context
         size, head = await self._store_call(self._store.head)
         return pb.MarketDescription(
-            market_key=self._public, map_ids=[self._map.map_id], simulation=self._simulation, head=self._signed(size, head)
-        )
+            market_key=self._public, map_ids=[self._map.map_id], simulation=self._simulation, head=self._signed(size, head),
+            admission=pb.Admission(
+                largest_epsilon=format_decimal(self._policy.largest_epsilon),
+                delta="" if self._policy.delta is None else format_decimal(self._policy.delta),
+                smallest_count=self._policy.smallest_count or 0,
+            ),
+        )  # fmt: skip
 
     @answering
     async def Publish(self, request: pb.PublishRequest, context: Any) -> pb.Receipt:
@@ -165,6 +176,7 @@ class MarketService(MarketServicer):
         if release.base_model.hex() != self._map.base_model:
             raise IncompatibleSpecification(f"base model: expected {self._map.base_model[:16]}, got {release.base_model.hex()[:16]}")
         row = row_of(release, self._map)
+        admit(release.specification, self._policy)
         stored = await self._store_call(self._store.append, release, bytes(request.envelope), row)
         log.info("published release=%s position=%d size_bytes=%d", release.release_id.hex()[:16], stored.position, len(request.envelope))
         return pb.Receipt(release_id=release.release_id, index=stored.position, head=self._signed(stored.size, stored.head))

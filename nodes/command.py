@@ -20,8 +20,11 @@ from protocol.errors import NotFound, UsageError, VeilmartError
 if TYPE_CHECKING:
     from nodes.base_model import BaseModel
     from nodes.finetune import Recipe
+    from nodes.guard import Plan
+    from protocol.admission import AdmissionPolicy
     from protocol.catalogue import Catalogue
     from protocol.features import FeatureMap
+    from protocol.privacy import PrivacyUnit
     from protocol.scoring import Ranking
 
 
@@ -44,6 +47,15 @@ MarketAddress = Annotated[str, typer.Option("--market", envvar="VEILMART_MARKET"
 MaybeMarket = Annotated[str | None, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")]
 Authority = Annotated[Path, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority (ca.crt).")]
 MaybeAuthority = Annotated[Path | None, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority (ca.crt).")]
+Population = Annotated[
+    str, typer.Option("--population", help="Whose data this is: one ledger for life, whatever file or model it is used for.")
+]
+Unit = Annotated[
+    str | None,
+    typer.Option(
+        "--unit", help="What epsilon protects: 'record', or a field such as 'person'.", show_default="the ledger's; record if new"
+    ),
+]
 EpsilonAdapter = Annotated[str, typer.Option("--epsilon-adapter", help="Epsilon of the adapter; only 'none' so far: no guarantee.")]
 
 
@@ -135,6 +147,8 @@ def node_publish(
     largest_epsilon: Annotated[float, typer.Option("--largest-epsilon", help="Largest epsilon of one release.")] = 2.0,
     epsilon_adapter: EpsilonAdapter = "none",
     no_train: Annotated[bool, typer.Option("--no-train", help="Publish a specification alone.")] = False,
+    population: Population = "default",
+    unit: Unit = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would leave and what it costs; nothing is drawn or sent.")] = False,
     base: Base = None,
     as_json: Json = False,
@@ -148,30 +162,40 @@ def node_publish(
     from nodes.guard import Guard, Order, Policy
     from nodes.ledger import Budget
     from nodes.market_client import MarketClient
+    from nodes.populations import claims_of, folder_of
     from protocol.features import default_map
     from protocol.hazmat.noise import operating_system
     from protocol.privacy import Guarantee
     from protocol.release import Card, open_envelope
 
-    order = Order(Guarantee(epsilon, delta))
-    recipe = _recipe(epsilon_adapter, no_train)
+    folder = folder_of(home, _population(population))
+    guarantee = Guarantee(epsilon, delta, unit=_unit(unit, folder))
+    order, recipe = Order(guarantee), _recipe(epsilon_adapter, no_train)
     if not dry_run and (market is None or ca is None):
         raise UsageError("node publish: expected --market and --ca", hint="`veilmart market up` prints both; --dry-run needs neither")
     card = Card(name or _name_from(data), summary, licence)
     progress = console.ProgressLine(not (as_json or quiet))
+    policy = Policy(Budget(budget, delta), largest_epsilon=largest_epsilon, population=population, unit=guarantee.unit)
     guard = Guard(
-        home / "node", data, card, _open_model(home, base), default_map(), operating_system(),
-        policy=Policy(Budget(budget, delta), largest_epsilon=largest_epsilon), recipe=recipe, on_progress=progress,
+        folder, data, card, _open_model(home, base), default_map(), operating_system(),
+        policy=policy, recipe=recipe, claims=claims_of(home), on_progress=progress,
     )  # fmt: skip
+    plan = guard.plan(order)
     if dry_run:
-        plan = guard.plan(order)
-        _show_plan(plan, order.guarantee, card, as_json)
-        plan.price.require()
+        _show_plan(plan, population, as_json)
+        if not plan.stored:
+            plan.price.require()
         return
     assert market is not None
     assert ca is not None
     with MarketClient(market, ca, home) as client:
-        client.describe()  # before anything is trained or charged: is the market there, and is it the right one?
+        # Before anything is trained or charged: is it the right market, would it take this, and does it hold what the ledger forgot?
+        description = client.describe()
+        guard.require_current(client.releases_of(guard.owner, default_map()))
+    if not plan.stored:
+        warning = _require_welcome(plan, description.admission)
+        if warning and not (as_json or quiet):
+            console.say(warning)
     envelope = guard.release(order)
     progress.close()
     release = open_envelope(envelope)
@@ -180,22 +204,182 @@ def node_publish(
         if file is not None and release.adapter is not None:
             client.upload_adapter(release.adapter, file.read_bytes())
         index = client.publish(envelope)
-    price = guard.price(order.guarantee)
+    price = guard.price(guarantee)
     result = {
         "schema": "veilmart.publish/1", "release_id": release.release_id.hex(), "title": release.title, "index": index,
         "epsilon_spec": epsilon, "delta": delta, "epsilon_adapter": "none" if release.adapter else None,
         "epsilon_total": "unbounded" if release.adapter else epsilon, "release_bytes": len(envelope),
-        "spent": price.spent, "budget": price.limit,
+        "population": population, "unit": str(guarantee.unit), "spent": price.spent, "left": price.left, "budget": price.limit,
+        "stored_bytes_sent_again": plan.stored,
     }  # fmt: skip
     if quiet:
         console.print_lines(release.release_id.hex())
         return
     adapter = "adapter: none (trained without differential privacy), so the total is unbounded" if release.adapter else "no adapter"
     lines = [
-        f"published {release.title}  position {index}, {len(envelope)} bytes signed",
-        f"specification: epsilon {epsilon:g} at delta {delta:g}, unit record, add-or-remove-one; {adapter}",
-        f"ledger: spent {price.spent:.2f} of {price.limit:.2f}",
+        f"published {release.title}  position {index}, {len(envelope)} bytes signed"
+        + (" (paid before: the stored bytes were sent again)" if plan.stored else ""),
+        f"specification: epsilon {epsilon:g} at delta {delta:g}, unit {guarantee.unit}, add-or-remove-one; {adapter}",
+        f"ledger of population {population}: spent {price.spent:.2f} of {price.limit:.2f}, left {price.left:.2f}",
     ]
+    _print(result, as_json, lines)
+
+
+def node_ledger(
+    home: Home,
+    population: Population = "default",
+    budget: Annotated[float, typer.Option("--budget", help="Epsilon this node may spend for life.")] = 4.0,
+    prv: Annotated[bool, typer.Option("--prv", help="Also compose by PRV, as if all were planned beforehand; takes seconds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Verify the ledger's chain and show every charge, what is spent and what is left.
+
+    Example: veilmart node ledger
+    """
+    from nodes import console
+    from nodes.ledger import Budget, Ledger
+    from nodes.populations import folder_of
+    from protocol.privacy import ledger_epsilon
+
+    path = _ledger_file(folder_of(home, _population(population)))
+    unit = _unit(None, path.parent)
+    ledger = Ledger.open(path, Budget(budget, 1e-6), population, unit)
+    entries = ledger.entries()
+    delta = min((entry.charge.delta for entry in entries), default=1e-6)
+    events = [event for entry in entries for event in entry.charge.events]
+    spent = ledger_epsilon(events, delta)
+    figure = None
+    if prv:
+        from nodes.accountant import prv_epsilon
+
+        figure = prv_epsilon(events, delta)
+    rows = [
+        {
+            "number": entry.number, "release_number": entry.release_number, "release_id": entry.release_id.hex(),
+            "epsilon": ledger_epsilon(entry.charge.events, delta), "delta": entry.charge.delta, "origin": str(entry.origin),
+            "events": [repr(event) for event in entry.charge.events], "release_bytes": len(entry.envelope), "hash": entry.hash.hex(),
+        }
+        for entry in entries
+    ]  # fmt: skip
+    result = {
+        "schema": "veilmart.ledger/1", "population": population, "unit": str(unit), "entries": rows, "chain": "verified",
+        "compared": ledger.compared, "spent": spent, "left": max(budget - spent, 0.0), "budget": budget, "delta": delta,
+        "epsilon_prv": figure,
+    }  # fmt: skip
+    if as_json:
+        console.print_json(result)
+        return
+    table = [
+        [
+            str(entry.number), str(entry.release_number), entry.release_id.hex()[:16], f"{row['epsilon']:.3g}", f"{entry.charge.delta:g}",
+            str(entry.origin), entry.hash.hex()[:16],
+        ]
+        for entry, row in zip(entries, rows, strict=True)
+    ]  # fmt: skip
+    console.print_table(["#", "release", "id", "epsilon", "delta", "origin", "hash"], table)
+    console.print_lines(
+        f"population {population}, unit {unit}: {len(entries)} charges, chain verified"
+        + ("" if ledger.compared else "; NOT compared with the market since it was restored, so nothing is drawn from it"),
+        f"spent {spent:.2f} of {budget:.2f} at delta {delta:g}, left {max(budget - spent, 0.0):.2f}"
+        + ("" if figure is None else f"; {figure:.2f} by PRV, valid if every charge was planned before the first release"),
+    )
+
+
+def node_backup(
+    home: Home,
+    file: Annotated[Path, typer.Argument(help="File to write.")],
+    key: Annotated[Path | None, typer.Option("--key", help="Also copy the signing key into a file of its own.")] = None,
+    population: Population = "default",
+    as_json: Json = False,
+) -> None:
+    """Copy the ledger with all its releases, consistently, while the node may go on working.
+
+    Example: veilmart node backup ledger-2026.backup
+    """
+    from nodes.ledger import Budget, Ledger
+    from nodes.populations import folder_of
+    from protocol.keys import read_secret, write_durably
+
+    path = _ledger_file(folder_of(home, _population(population)))
+    if key is not None and key.exists():
+        raise UsageError(f"{key}: already there", hint="a backup never overwrites one")
+    count = Ledger.open(path, Budget(4.0, 1e-6), population, _unit(None, path.parent)).backup(file)
+    if key is not None:
+        write_durably(key, read_secret(path.parent / "owner.key"))
+    kept = "it holds no key" if key is None else f"the signing key is in {key}: whoever has that file can publish in your name"
+    lines = [
+        f"{file}: {count} charges with their releases, readable by you alone; {kept}",
+        "adapters, the data and the base model are not in it",
+        *(() if key else ("without owner.key nothing can be published under this name again: keep a copy of it elsewhere (--key FILE)",)),
+    ]
+    result = {"schema": "veilmart.backup/1", "file": str(file), "entries": count, "key": str(key) if key else None}
+    _print(result, as_json, lines)
+
+
+def node_restore(
+    home: Home,
+    file: Annotated[Path, typer.Argument(help="A backup of `veilmart node backup`.")],
+    population: Population = "default",
+    as_json: Json = False,
+) -> None:
+    """Put a backup in the place of a ledger that is lost or damaged.  Then `node repair` must compare it with the market.
+
+    Example: veilmart node restore ledger-2026.backup
+    """
+    from nodes.ledger import restore
+    from nodes.populations import folder_of
+
+    folder = folder_of(home, _population(population))
+    count = restore(file, folder / "ledger.db", population)
+    lines = [
+        f"{count} charges restored; the chain verifies",
+        "charges made after the backup may be missing: nothing is drawn until `veilmart node repair` or a publish has compared it",
+        *(
+            ()
+            if (folder / "owner.key").exists()
+            else (f"the signing key is not there: put your copy at {folder / 'owner.key'}, mode 0600",)
+        ),
+    ]
+    _print({"schema": "veilmart.restore/1", "entries": count, "compared": False}, as_json, lines)
+
+
+def node_repair(
+    home: Home,
+    market: MarketAddress,
+    ca: Authority,
+    population: Population = "default",
+    unit: Unit = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Set a damaged ledger aside and rebuild it from the market alone.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the ledger with the market's list of your releases, and charge again what it does not know.
+
+    Example: veilmart node repair --market 127.0.0.1:7443 --ca ca.crt
+    """
+    from nodes.ledger import Budget, Ledger, set_aside
+    from nodes.market_client import MarketClient
+    from nodes.populations import folder_of
+    from protocol.features import default_map
+    from protocol.keys import signing_key
+
+    folder = folder_of(home, _population(population))
+    if not (folder / "owner.key").is_file():  # `signing_key` would make a new one, which owns nothing
+        raise UsageError(f"{folder / 'owner.key'}: expected the signing key of the releases", hint="put your copy there, mode 0600")
+    owner = signing_key(folder / "owner.key").public_key().public_bytes_raw()
+    with MarketClient(market, ca, home) as client:
+        envelopes = client.releases_of(owner, default_map())
+    aside = set_aside(folder / "ledger.db") if rebuild else None
+    ledger = Ledger.open(folder / "ledger.db", Budget(4.0, 1e-6), population, _unit(unit, folder))
+    added = ledger.absorb(envelopes)
+    lines = [
+        f"the market holds {len(envelopes)} releases of this owner; {added} were missing in the ledger and are charged now",
+        "releases at other markets are not known to this one: repair with each market you published at",
+        *((f"the damaged ledger is kept at {aside}",) if aside else ()),
+    ]
+    result = {
+        "schema": "veilmart.repair/1", "releases": len(envelopes), "charged_again": added, "entries": len(ledger.entries()),
+        "set_aside": str(aside) if aside else None,
+    }  # fmt: skip
     _print(result, as_json, lines)
 
 
@@ -242,6 +426,7 @@ def find(
                 "id": match.release_id.hex(), "title": found.name_of(match.release_id), "rank": match.rank, "score": match.llr,
                 "std": match.std, "gap_to_next": match.gap_to_next if match.rank < len(found.ranking.matches) else None, "tie": match.tie,
                 "distance": match.distance, "separation": match.separation, "resolution": match.resolution,
+                "unit": str(found.catalogue.unit_of(found.catalogue.release_ids.index(match.release_id))),
             }
             for match in shown
         ],
@@ -258,8 +443,9 @@ def find(
         for match in shown:
             gap = "-" if match.rank == len(found.ranking.matches) else f"{match.gap_to_next:.1f} {'a tie' if match.tie else 'clear'}"
             name = found.name_of(match.release_id)
-            rows.append([str(match.rank), name, f"{match.llr:.1f}", f"{match.std:.1f}", gap, f"{match.distance:.2f}"])
-        console.print_table(["#", "learnware", "score", "± noise", "gap to next", "distance"], rows)
+            unit = str(found.catalogue.unit_of(found.catalogue.release_ids.index(match.release_id)))
+            rows.append([str(match.rank), name, f"{match.llr:.1f}", f"{match.std:.1f}", gap, f"{match.distance:.2f}", unit])
+        console.print_table(["#", "learnware", "score", "± noise", "gap to next", "distance", "unit"], rows)
         if explain:
             cheaper = "mirror" if price["mirror"] <= price["encrypted"] else "encrypted"
             console.say(
@@ -299,12 +485,15 @@ def pull(
     if quiet:
         console.print_lines(stored.release.release_id.hex())
         return
+    guarantee = stored.release.specification.guarantee
     result = {
         "schema": "veilmart.pull/1", "release_id": stored.release.release_id.hex(), "title": stored.release.title,
         "adapter": str(stored.adapter) if stored.adapter else None, "adapter_guarantee": "none" if stored.adapter else None,
+        "epsilon_spec": guarantee.epsilon, "delta": guarantee.delta, "unit": str(guarantee.unit),
     }  # fmt: skip
     lines = [
-        f"{stored.release.title}  signature ok, in the market's signed catalogue",
+        f"{stored.release.title}  signature ok, in the market's signed catalogue, admitted",
+        f"specification: epsilon {guarantee.epsilon:g} at delta {guarantee.delta:g}, unit {guarantee.unit}",
         f"adapter: {stored.adapter or 'this owner published none'}" + (", digest ok, guarantee: none" if stored.adapter else ""),
     ]
     _print(result, as_json, lines)
@@ -490,30 +679,114 @@ def _show_map(feature_map: FeatureMap, as_json: bool) -> None:
     _print(result, as_json, lines)
 
 
-def _show_plan(plan: Any, guarantee: Any, card: Any, as_json: bool) -> None:
-    price = plan.price
-    strength = plan.records * guarantee.epsilon
+def _population(name: str) -> str:
+    from nodes.ledger import POPULATION
+
+    if not POPULATION.fullmatch(name):  # it becomes the name of a folder
+        raise UsageError("--population: expected 1 to 63 of a-z, 0-9, '.', '_', '-' beginning with a letter or digit")
+    return name
+
+
+def _unit(text: str | None, folder: Path) -> PrivacyUnit:
+    """Return the unit that was asked for; without one, that of the ledger in this folder."""
+    from nodes.ledger import declared
+    from protocol.privacy import RECORD, PrivacyUnit
+
+    if text is None:
+        there = declared(folder / "ledger.db")
+        return there[1] if there else RECORD
+    return RECORD if text == "record" else PrivacyUnit(text)
+
+
+def _ledger_file(folder: Path) -> Path:
+    path = folder / "ledger.db"
+    if not path.is_file():
+        raise NotFound(f"{path}: no ledger yet", hint="the first `veilmart node publish` makes one")
+    return path
+
+
+def _require_welcome(plan: Plan, policy: AdmissionPolicy) -> str:
+    """Raise NotAdmitted for what this market would refuse after it was paid for; return a warning where it may, or nothing."""
+    from protocol.admission import require_claim
+    from protocol.specification import COUNT_STEP
+
+    require_claim(plan.release.specification.guarantee, policy)
+    least = policy.smallest_count or 0
+    if plan.units < least:
+        raise UsageError(
+            f"records: this market takes {least} privacy units or more, the file has fewer",
+            hint="several small owners can release one specification together",
+        )
+    safe = least + 3.1 * plan.noise_std / COUNT_STEP
+    if plan.units < safe:
+        return f"warning: after noise the count may fall below this market's {least} and be refused; from {safe:.0f} units on it will not"
+    return ""
+
+
+def _rule_of_thumb(strength: float) -> str:
+    if strength >= 200:
+        return 'ranks nearly as without noise, and supports a trustworthy "none"'
+    if strength >= 100:
+        return 'ranks nearly as without noise; too little for a trustworthy "none" (200)'
+    if strength >= 50:
+        return "matches will be uncertain; 100 ranks nearly as without noise"
+    return 'WARNING: the noise hides the task; 100 ranks nearly as without noise, 200 supports a trustworthy "none"'
+
+
+def _would_send(plan: Plan) -> dict[str, Any]:
+    """Return the public fields of the release as they would be sent; what is not known yet says so, and noise is never drawn for it."""
+    from protocol.codec import decode
+    from protocol.release import MAGIC
+
+    fields, _ = decode(MAGIC, plan.release.body)
+    if plan.trains_adapter:
+        fields["adapter"] = {"digest": "<32 bytes, not trained>", "guarantee": "none", "size_bytes": "<not trained>"}
+    return fields
+
+
+def _show_plan(plan: Plan, population: str, as_json: bool) -> None:
+    price, guarantee, card = plan.price, plan.release.specification.guarantee, plan.release.card
+    strength = plan.units * guarantee.epsilon
+    payload = f"<{plan.integers} integers, not drawn>"
+    fields = _would_send(plan)
     result = {
-        "schema": "veilmart.plan/1", "name": card.name, "records": plan.records, "epsilon": guarantee.epsilon, "delta": guarantee.delta,
-        "summary": card.summary, "licence": card.licence, "noise_std": plan.noise_std, "payload": f"<{plan.integers} integers, not drawn>",
+        "schema": "veilmart.plan/1", "name": card.name, "records": plan.records, "units": plan.units, "population": population,
+        "unit": str(guarantee.unit), "epsilon": guarantee.epsilon, "delta": guarantee.delta,
+        "summary": card.summary, "licence": card.licence, "noise_std": plan.noise_std, "payload": payload,
         "adapter_guarantee": "none" if plan.trains_adapter else None,
-        "asked": price.asked, "spent": price.spent, "total": price.total, "budget": price.limit, "n_times_epsilon": strength,
+        "asked": price.asked, "spent": price.spent, "left": price.left, "total": price.total, "budget": price.limit,
+        "composed_by": str(price.rule), "n_times_epsilon": strength, "advice": _rule_of_thumb(strength), "paid_before": plan.stored,
+        "would_send": {"fields": fields, "release_bytes": plan.release_bytes, "sums_bytes": 4 * plan.integers, "signature_bytes": 64},
     }  # fmt: skip
-    advice = "ranks nearly as without noise" if strength >= 100 else "few records for this epsilon: matches will be uncertain"
-    specification = f"epsilon {guarantee.epsilon:g} at delta {guarantee.delta:g}, unit record; noise {plan.noise_std:,.0f} a coordinate"
+    units = "" if guarantee.unit.field == "" else f" of {plan.units} units"
     weights = "; and the adapter's weights, made from your records" if plan.trains_adapter else ""
     adapter = "trained without differential privacy: guarantee none, total unbounded" if plan.trains_adapter else "none"
+    spending = (
+        f"budget         paid before: the stored bytes are sent again, nothing is charged; spent {price.spent:.2f} of {price.limit:.2f}"
+        if plan.stored
+        else f"budget         asked {price.asked:.2f}, spent {price.spent:.2f}, left {price.left:.2f}; "
+        f"together {price.total:.2f} of {price.limit:.2f}"
+    )
     lines = [
-        f"records        {plan.records}   (stays here)",
-        f"specification  {specification}",
-        f"what leaves    <{plan.integers} integers, not drawn>, your public key, the card, signed{weights}",
-        f"public card    name {card.name}; summary {card.summary or '-'}; licence {card.licence or '-'}",
+        f"population     {population}; unit {guarantee.unit}, for life",
+        f"records        {plan.records}{units}   (stays here)",
+        f"specification  epsilon {guarantee.epsilon:g} at delta {guarantee.delta:g}; noise sigma {plan.noise_std:,.0f} a coordinate",
+        f"what leaves    {payload}, your public key, the card, signed{weights}",
+        *(f"  {name:<17}{_shown(value)}" for name, value in fields.items()),
+        f"  {'sums':<17}{payload}, {4 * plan.integers} bytes",
+        f"  {'signature':<17}64 bytes; {plan.release_bytes} bytes in all",
         f"adapter        {adapter}",
-        f"budget         spent {price.spent:.2f} + asked {price.asked:.2f} = {price.total:.2f} of {price.limit:.2f}",
-        f"n x epsilon    {strength:.0f}: {advice}",
+        spending,
+        f"n x epsilon    {strength:.0f}: {_rule_of_thumb(strength)}",
         "nothing was drawn, sent or spent",
     ]
     _print(result, as_json, lines)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item or '-'}" for name, item in value.items()) or "-"
+    return str(value) or "-"
 
 
 # The program ----------------------------------------------------------------------------------------------------------------
@@ -527,7 +800,17 @@ def register(app: typer.Typer) -> None:
     app.command("pull")(pull)
     app.command("ask")(ask)
     groups: tuple[tuple[str, str, dict[str, Callable[..., None]]], ...] = (
-        ("node", "Publish from your own data.", {"publish": node_publish}),
+        (
+            "node",
+            "Publish from your own data, and keep the ledger of what it cost.",
+            {
+                "publish": node_publish,
+                "ledger": node_ledger,
+                "backup": node_backup,
+                "restore": node_restore,
+                "repair": node_repair,
+            },
+        ),
         ("model", "Base models.", {"import": model_import}),
         ("map", "Feature maps.", {"fit": map_fit, "show": map_show}),
     )

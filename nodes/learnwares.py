@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nodes.market_client import MarketClient, find_release_id
-from protocol.catalogue import row_of
+from protocol.admission import admit
+from protocol.catalogue import label_of, row_of
 from protocol.errors import FormatError, InvalidAdapter, NotFound, UsageError
 from protocol.features import FeatureMap
 from protocol.keys import write_durably
@@ -48,8 +49,9 @@ def pull_learnware(
     release_id = find_release_id(text, catalogue)
     envelope = client.release(release_id)
     release = open_envelope(envelope)
+    admit(release.specification, client.describe().admission)
     at = catalogue.release_ids.index(release_id)
-    if row_of(release, feature_map) != catalogue.rows[at].tobytes() + catalogue.names[at].encode("ascii"):
+    if row_of(release, feature_map) != catalogue.rows[at].tobytes() + label_of(catalogue.names[at], catalogue.unit_of(at)):
         raise FormatError("catalogue: the row that ranked this release is not its own; the market signed a wrong one")
     folder = _folder(home) / release_id.hex()
     if release.adapter is not None:

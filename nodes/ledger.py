@@ -1,33 +1,72 @@
-"""The owner's ledger: every charge and the bytes it paid for, in one durable transaction.
+"""The owner's ledger: every charge and the bytes it paid for, in one durable transaction, in one chain of hashes.
 
-One ledger belongs to one population and covers every file, map and specification made from it; adding a record opens no new budget.
-Order is part of the protocol (docs/protocol.md 4.3): admission, noise, then *one* commit that holds the charge and the noisy bytes, and
+One ledger belongs to one *population* and one privacy unit for life.  It covers every file, map, specification and adapter made from
+that population; adding a record opens no new budget.
+Order is part of the protocol (docs/protocol.md 4.4): admission, noise, then *one* commit that holds the charge and the noisy bytes, and
 only then may anything be sent.  A crash before the commit leaves neither; a crash after it re-sends the stored bytes.
+
+    hash_0 = SHA-256(tag || population, unit)        hash_k = SHA-256(tag || hash_{k-1} || charge and SHA-256(envelope) of entry k)
+
+The chain shows that an entry was changed, removed or slipped in.  It cannot show that the *newest* entries are missing, as after
+restoring a backup: the market's list of releases does (`require_current`, `absorb`).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import re
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
-from protocol.errors import BudgetSpent, UsageError
-from protocol.privacy import Guarantee, composed_epsilon, effective_multiplier, noise_variance
+from protocol.codec import canonical_json, domain_tag, format_decimal
+from protocol.errors import BudgetSpent, FormatError, LedgerBehind, LedgerDamaged, PopulationConflict, UsageError
+from protocol.privacy import (
+    RECORD,
+    Event,
+    Gaussian,
+    Guarantee,
+    PrivacyUnit,
+    event_from_plain,
+    event_to_plain,
+    ledger_epsilon,
+    noise_variance,
+    specification_event,
+)
+from protocol.release import Release, open_envelope
 from protocol.specification import NORM_SQUARED
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS charge (
-    number INTEGER PRIMARY KEY,          -- release number, from 1
+POPULATION = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+DEFAULT_POPULATION = "default"
+LEDGER_TAG, ENTRY_TAG = domain_tag("ledger", 2), domain_tag("ledger-entry", 2)
+SCHEMA = (
+    """
+CREATE TABLE IF NOT EXISTS ledger (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    population TEXT NOT NULL,
+    unit TEXT NOT NULL,
+    compared INTEGER NOT NULL            -- 0 from a restore until the market's releases were compared: nothing is drawn meanwhile
+) STRICT""",
+    """
+CREATE TABLE IF NOT EXISTS entry (
+    number INTEGER PRIMARY KEY,          -- place in the chain, from 1
+    release_number INTEGER NOT NULL,     -- place in the owner's chain of releases
     request BLOB NOT NULL UNIQUE,        -- digest of data, map and settings: the same request gets the same bytes
-    epsilon REAL NOT NULL,
-    delta REAL NOT NULL,
-    multiplier REAL NOT NULL,            -- effective noise multiplier; charges compose through it
+    events TEXT NOT NULL,                -- canonical JSON: what this charge composes as
+    delta TEXT NOT NULL,
+    origin TEXT NOT NULL,                -- drawn: made here; market: charged again from the market's list
     release_id BLOB NOT NULL,
-    envelope BLOB NOT NULL               -- the signed release that this charge paid for
-) STRICT;
-"""
+    envelope BLOB NOT NULL,              -- the signed release that this charge paid for
+    hash BLOB NOT NULL
+) STRICT""",
+)
+# A release of the market wins over one of the same number that was drawn here after a restore and can never be published.
+NEWEST = "ORDER BY release_number DESC, origin = 'market' DESC, number DESC LIMIT 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +81,26 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class Charge:
+    """What one release costs: the mechanisms it runs, and the delta its guarantee is stated at."""
+
+    events: tuple[Event, ...]
+    delta: float
+
+
+def specification_charge(guarantee: Guarantee) -> Charge:
+    """Return the charge of a specification alone, under this guarantee."""
+    return Charge((specification_event(noise_variance(guarantee, NORM_SQUARED), NORM_SQUARED),), guarantee.delta)
+
+
+class Rule(StrEnum):
+    """How a history is composed."""
+
+    GAUSSIAN = "gaussian"  # exact, mu_total^2 = sum of mu_i^2
+    RENYI_FILTER = "renyi filter"  # as soon as a subsampled mechanism is in it
+
+
+@dataclass(frozen=True, slots=True)
 class Price:
     """What a release would cost, before anything is drawn."""
 
@@ -49,6 +108,13 @@ class Price:
     spent: float
     total: float  # spent and asked together; below their sum, since Gaussian releases compose by the root of squares
     limit: float
+    delta: float = 1e-6  # all four at this delta
+    rule: Rule = Rule.GAUSSIAN  # by which `total` was composed
+
+    @property
+    def left(self) -> float:
+        """Budget not spent yet; a release may ask for more than this, since epsilons compose below their sum."""
+        return max(self.limit - self.spent, 0.0)
 
     @property
     def affordable(self) -> bool:
@@ -61,26 +127,72 @@ class Price:
             raise BudgetSpent(self.asked, self.spent, self.limit)
 
 
+class Origin(StrEnum):
+    """Where an entry came from."""
+
+    DRAWN = "drawn"
+    MARKET = "market"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One charge with the bytes it paid for."""
+
+    number: int
+    release_number: int
+    request: bytes
+    charge: Charge
+    origin: Origin
+    release_id: bytes
+    envelope: bytes
+    hash: bytes  # of this entry and all before it
+
+
 class Ledger:
     """An SQLite file with synchronous=EXTRA; `open` it, never construct it."""
 
-    def __init__(self, path: Path, budget: Budget) -> None:
-        self._path, self.budget = path, budget
+    def __init__(self, path: Path, budget: Budget, population: str, unit: PrivacyUnit) -> None:
+        self._path, self.budget, self.population, self.unit = path, budget, population, unit
 
     @classmethod
-    def open(cls, path: Path, budget: Budget) -> Ledger:
-        """Return the ledger in a file, made if it is not there."""
+    def open(cls, path: Path, budget: Budget, population: str = DEFAULT_POPULATION, unit: PrivacyUnit = RECORD) -> Ledger:
+        """Return the ledger in a file, made if it is not there, its chain verified.
+
+        Population and unit are declared by the first charge and hold for life: raises PopulationConflict for others, LedgerDamaged if
+        an entry is not the one that was written, UsageError for a file that is no ledger.
+        """
+        if not POPULATION.fullmatch(population):
+            raise UsageError("population: expected 1 to 63 of a-z, 0-9, '.', '_', '-' beginning with a letter or digit")
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        ledger = cls(path, budget)
+        ledger = cls(path, budget, population, unit)
         try:
             with ledger._transaction() as db:
-                db.execute(SCHEMA)
+                ledger._declare(db)
+                _verified(db)
         except sqlite3.DatabaseError as error:
             raise UsageError(
-                f"{path}: not a usable ledger ({type(error).__name__})", hint="restore it from a backup; never start a new one"
+                f"{path}: not a usable ledger ({type(error).__name__})",
+                hint="`veilmart node restore` takes a backup; never start a new one",
             ) from None
         path.chmod(0o600)
         return ledger
+
+    def _declare(self, db: sqlite3.Connection) -> None:
+        for statement in SCHEMA:
+            db.execute(statement)
+        if db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'charge'").fetchone():
+            _upgrade(db, self.population)
+        found = db.execute("SELECT population, unit FROM ledger").fetchone()
+        charged = db.execute("SELECT 1 FROM entry").fetchone()
+        if found and charged and tuple(found) != (self.population, str(self.unit)):
+            raise PopulationConflict(
+                f"{self._path}: this ledger is of population {found[0]!r} with unit {found[1]!r} for life, "
+                f"got {self.population!r} with unit {str(self.unit)!r}",
+                hint="epsilons of different units do not add up; another population needs data of its own (--population)",
+            )
+        if not charged:  # nothing was promised yet, so a dry run binds nobody
+            db.execute("INSERT INTO ledger VALUES (1, ?, ?, 1) ON CONFLICT (one) DO UPDATE SET population = excluded.population, "
+                       "unit = excluded.unit", (self.population, str(self.unit)))  # fmt: skip
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -98,52 +210,315 @@ class Ledger:
         finally:
             db.close()  # rolls back what was not committed
 
+    # Reading ---------------------------------------------------------------------------------------------------------
+
     def stored(self, request: bytes) -> bytes | None:
         """Return the envelope that this request already paid for."""
         with self._transaction() as db:
-            found = db.execute("SELECT envelope FROM charge WHERE request = ?", (request,)).fetchone()
+            found = db.execute("SELECT envelope FROM entry WHERE request = ?", (request,)).fetchone()
         return bytes(found[0]) if found else None
 
     def latest(self) -> bytes | None:
         """Return the envelope of the newest release."""
         with self._transaction() as db:
-            found = db.execute("SELECT envelope FROM charge ORDER BY number DESC LIMIT 1").fetchone()
+            found = db.execute(f"SELECT envelope FROM entry {NEWEST}").fetchone()
         return bytes(found[0]) if found else None
 
-    def price(self, guarantee: Guarantee) -> Price:
-        """Return what a release under this guarantee would cost now; draws and spends nothing."""
+    def entries(self) -> list[Entry]:
+        """Return all entries in the order of the chain; raise LedgerDamaged if the chain does not verify."""
         with self._transaction() as db:
-            return self._price(db, guarantee)
+            return _verified(db)
 
-    def _price(self, db: sqlite3.Connection, guarantee: Guarantee) -> Price:
-        spent = [float(row[0]) for row in db.execute("SELECT multiplier FROM charge")]
+    @property
+    def compared(self) -> bool:
+        """Whether the ledger may draw: False from a restore until the market's releases were compared with it."""
+        with self._transaction() as db:
+            return bool(db.execute("SELECT compared FROM ledger").fetchone()[0])
+
+    def next_release(self) -> tuple[int, bytes]:
+        """Return number and predecessor (id of the newest release, empty for the first) of the next release."""
+        with self._transaction() as db:
+            return _next_release(db)
+
+    # Charging --------------------------------------------------------------------------------------------------------
+
+    def price(self, charge: Charge) -> Price:
+        """Return what this charge would cost now; draws and spends nothing."""
+        with self._transaction() as db:
+            return self._price(db, charge)
+
+    def _price(self, db: sqlite3.Connection, charge: Charge) -> Price:
+        rows = db.execute("SELECT events, delta FROM entry").fetchall()
+        spent = [event for text, _ in rows for event in _events_of(text)]
         # A larger delta would make everything already spent look smaller: never judge at one above what the charges were made at.
-        least = db.execute("SELECT min(delta) FROM charge").fetchone()[0]
-        asked, delta = _multiplier(guarantee), min(self.budget.delta, float(least or 1.0))
-        return Price(
-            composed_epsilon([asked], delta), composed_epsilon(spent, delta), composed_epsilon([*spent, asked], delta), self.budget.epsilon
-        )
+        delta = min([self.budget.delta, *(float(text) for _, text in rows)])
+        together = [*spent, *charge.events]
+        rule = Rule.GAUSSIAN if all(isinstance(event, Gaussian) for event in together) else Rule.RENYI_FILTER
+        asked, before, total = (ledger_epsilon(events, delta) for events in (charge.events, spent, together))
+        return Price(asked, before, total, self.budget.epsilon, delta, rule)
 
-    def charge(self, request: bytes, guarantee: Guarantee, make: Callable[[int, bytes], tuple[bytes, bytes]]) -> bytes:
+    def charge(self, request: bytes, charge: Charge, make: Callable[[int, bytes], tuple[bytes, bytes]]) -> bytes:
         """Return the envelope for a request: the stored one, or a new one that is charged and stored in one transaction.
 
         make(release number, id of the previous release) draws the noise and returns (release id, envelope).  It is called only after
-        admission; if it raises, nothing is charged.  Raises BudgetSpent before anything is drawn.
+        admission; if it raises, nothing is charged.  Raises BudgetSpent or LedgerBehind before anything is drawn.
         """
         with self._transaction() as db:
-            found = db.execute("SELECT envelope FROM charge WHERE request = ?", (request,)).fetchone()
+            _verified(db)  # never build on a chain that something else has touched since it was opened
+            found = db.execute("SELECT envelope FROM entry WHERE request = ?", (request,)).fetchone()
             if found:
                 return bytes(found[0])
-            self._price(db, guarantee).require()
-            last = db.execute("SELECT number, release_id FROM charge ORDER BY number DESC LIMIT 1").fetchone()
-            number, previous = (int(last[0]) + 1, bytes(last[1])) if last else (1, b"")
+            if not db.execute("SELECT compared FROM ledger").fetchone()[0]:
+                raise not_compared()
+            self._declare(db)
+            self._price(db, charge).require()
+            number, previous = _next_release(db)
             release_id, envelope = make(number, previous)
-            db.execute(
-                "INSERT INTO charge VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (number, request, guarantee.epsilon, guarantee.delta, _multiplier(guarantee), release_id, envelope),
-            )
+            _append(db, number, request, charge, Origin.DRAWN, release_id, envelope)
         return envelope
 
+    # Comparing with the market ---------------------------------------------------------------------------------------
 
-def _multiplier(guarantee: Guarantee) -> float:
-    return effective_multiplier(noise_variance(guarantee, NORM_SQUARED), NORM_SQUARED)
+    def missing(self, releases: Sequence[Release]) -> list[Release]:
+        """Return those of the owner's releases that this ledger does not know, in the order of their numbers."""
+        known = {entry.release_id for entry in self.entries()}
+        return sorted((r for r in releases if r.release_id not in known), key=lambda release: release.release_number)
+
+    def require_current(self, releases: Sequence[Release]) -> None:
+        """Note that the ledger was compared with all releases of its owner; raise LedgerBehind if it does not know one of them.
+
+        From then on nothing is drawn, also after a restart, until `absorb` has charged what is missing.
+        """
+        missing = self.missing(releases)
+        with self._transaction() as db:
+            db.execute("UPDATE ledger SET compared = ?", (int(not missing),))
+        if missing:
+            raise LedgerBehind(
+                f"ledger: the market holds {len(missing)} releases of this owner that the ledger does not know; the first is number "
+                f"{missing[0].release_number}",
+                hint="the ledger was restored from an older copy, or is not the only one; `veilmart node repair` charges what is missing",
+            )
+
+    def absorb(self, envelopes: Sequence[bytes]) -> int:
+        """Charge every release of the market that the ledger does not know, from its envelope; return how many.
+
+        What was spent was spent: this never refuses, even beyond the budget.  Raises PopulationConflict for a release of another unit.
+        """
+        by_id = {release.release_id: (release, envelope) for envelope in envelopes for release in [open_envelope(envelope)]}
+        missing = self.missing([release for release, _ in by_id.values()])
+        for release in missing:
+            unit = release.specification.guarantee.unit
+            if unit != self.unit:
+                raise PopulationConflict(
+                    f"release {release.release_number}: its unit is {str(unit)!r}, that of this ledger {str(self.unit)!r}",
+                    hint="declare the unit of the lost ledger (--unit)",
+                )
+        with self._transaction() as db:
+            self._declare(db)
+            for release in missing:
+                event = specification_event(release.specification.noise_variance, NORM_SQUARED)
+                charge = Charge((event,), release.specification.guarantee.delta)
+                request = hashlib.sha256(domain_tag("absorbed", 1) + release.release_id).digest()
+                envelope = by_id[release.release_id][1]
+                _append(db, release.release_number, request, charge, Origin.MARKET, release.release_id, envelope)
+            db.execute("UPDATE ledger SET compared = 1")
+        return len(missing)
+
+    # Copies ----------------------------------------------------------------------------------------------------------
+
+    def backup(self, target: Path) -> int:
+        """Write a consistent copy that only its owner can read, charges and envelopes included; return its number of entries."""
+        if target.exists():
+            raise UsageError(f"{target}: already there", hint="a backup never overwrites one")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            with closing(sqlite3.connect(self._path, timeout=30)) as source, closing(sqlite3.connect(temporary)) as copy:
+                source.backup(copy)
+                count = len(_verified(copy))
+            _sync(temporary)
+            os.replace(temporary, target)
+            _sync(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return count
+
+
+def not_compared() -> LedgerBehind:
+    """Return the refusal of a ledger that was restored and not compared with the market since."""
+    return LedgerBehind(
+        "ledger: restored from a backup, or behind the market, and not repaired since: releases made later may be missing from it",
+        hint="`veilmart node repair` compares it with the market and charges what is missing",
+    )
+
+
+def restore(backup: Path, path: Path, population: str) -> int:
+    """Put a backup in the ledger's place and return its number of entries; nothing is drawn from it until it was compared.
+
+    Raises PopulationConflict for the backup of another population, LedgerBehind if the ledger that is there has entries that the backup
+    lacks.  A damaged one is moved aside, never removed.
+    """
+    if not backup.is_file():
+        raise UsageError(f"{backup}: no such file")
+    entries = _usable(backup)
+    if entries is None:
+        raise UsageError(f"{backup}: not a usable backup of a ledger")
+    with closing(_read_only(backup)) as db:
+        of = str(db.execute("SELECT population FROM ledger").fetchone()[0])
+    if of != population:
+        raise PopulationConflict(f"{backup}: expected a ledger of population {population!r}, got one of {of!r}", hint=f"--population {of}")
+    if path.exists():
+        there = _usable(path)
+        if there is None:
+            set_aside(path)
+        elif [entry.hash for entry in there] != [entry.hash for entry in entries[: len(there)]]:
+            raise LedgerBehind(
+                f"{backup}: the ledger that is there has entries that this backup lacks ({len(there)} against {len(entries)})",
+                hint="keep the one that is there; a backup is for a ledger that is lost or damaged",
+            )
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        with closing(_read_only(backup)) as source, closing(sqlite3.connect(temporary)) as copy:
+            source.backup(copy)
+            copy.execute("UPDATE ledger SET compared = 0")
+            copy.commit()
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(entries)
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename a damaged ledger, with the journal that belongs to it, and return its new name; None if there is no ledger.
+
+    Raises UsageError for one whose chain verifies: a sound ledger is never replaced.
+    """
+    if not path.exists():
+        return None
+    if _usable(path) is not None:
+        raise UsageError(f"{path}: this ledger is sound", hint="`veilmart node repair` without --rebuild charges what is missing")
+    aside = path.with_name(f"{path.name}.damaged-{os.urandom(4).hex()}")
+    for suffix in ("-journal", ""):  # left behind, the journal would be played into the file that takes this one's place
+        if path.with_name(path.name + suffix).exists():
+            os.replace(path.with_name(path.name + suffix), aside.with_name(aside.name + suffix))
+    return aside
+
+
+def _usable(path: Path) -> list[Entry] | None:
+    try:
+        return inspect(path)
+    except (sqlite3.DatabaseError, LedgerDamaged):
+        return None
+
+
+def inspect(path: Path) -> list[Entry]:
+    """Return the verified entries of a ledger's file without changing it; raise LedgerDamaged or sqlite3.DatabaseError."""
+    with closing(_read_only(path)) as db:
+        return _verified(db)
+
+
+def declared(path: Path) -> tuple[str, PrivacyUnit] | None:
+    """Return population and unit of a ledger that has charged something, or None."""
+    if not path.is_file():
+        return None
+    with suppress(sqlite3.DatabaseError), closing(_read_only(path)) as db:
+        if db.execute("SELECT 1 FROM entry").fetchone():
+            found = db.execute("SELECT population, unit FROM ledger").fetchone()
+            return (str(found[0]), PrivacyUnit.parse(str(found[1]))) if found else None
+    return None
+
+
+def _read_only(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)
+
+
+def _next_release(db: sqlite3.Connection) -> tuple[int, bytes]:
+    last = db.execute(f"SELECT release_number, release_id FROM entry {NEWEST}").fetchone()
+    return (int(last[0]) + 1, bytes(last[1])) if last else (1, b"")
+
+
+def _genesis(db: sqlite3.Connection) -> bytes:
+    found = db.execute("SELECT population, unit FROM ledger").fetchone()
+    if not found:
+        raise LedgerDamaged("ledger: it declares no population", hint="`veilmart node restore` takes a backup")
+    population, unit = found
+    return _digest(LEDGER_TAG, b"", population.encode(), unit.encode())
+
+
+def _digest(tag: bytes, before: bytes, *parts: bytes) -> bytes:
+    digest = hashlib.sha256(tag + before)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
+
+
+def _entry_hash(before: bytes, number: int, release_number: int, request: bytes, events: str, delta: str, origin: str,
+                release_id: bytes, envelope: bytes) -> bytes:  # fmt: skip
+    plain = (str(number), str(release_number), events, delta, origin)
+    return _digest(
+        ENTRY_TAG, before, *(text.encode() for text in plain), request, release_id, hashlib.sha256(envelope).digest()
+    )  # fmt: skip
+
+
+def _append(db: sqlite3.Connection, release_number: int, request: bytes, charge: Charge, origin: Origin, release_id: bytes,
+            envelope: bytes) -> None:  # fmt: skip
+    last = db.execute("SELECT number, hash FROM entry ORDER BY number DESC LIMIT 1").fetchone()
+    number, before = (int(last[0]) + 1, bytes(last[1])) if last else (1, _genesis(db))
+    events, delta = _events_text(charge.events), format_decimal(charge.delta)
+    digest = _entry_hash(before, number, release_number, request, events, delta, str(origin), release_id, envelope)
+    row = (number, release_number, request, events, delta, str(origin), release_id, envelope, digest)
+    db.execute("INSERT INTO entry VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+
+def _verified(db: sqlite3.Connection) -> list[Entry]:
+    """Return the entries of a ledger if each one's hash is that of the entry and everything before it; raise LedgerDamaged."""
+    entries: list[Entry] = []
+    if not db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'ledger'").fetchone():
+        raise LedgerDamaged("ledger: it declares no population", hint="`veilmart node restore` takes a backup")
+    before = _genesis(db)
+    for row in db.execute(
+        "SELECT number, release_number, request, events, delta, origin, release_id, envelope, hash FROM entry ORDER BY number"
+    ):
+        number, release_number, request, events, delta, origin, release_id, envelope, found = row
+        expected = _entry_hash(before, len(entries) + 1, release_number, request, events, delta, origin, release_id, envelope)
+        if found != expected or number != len(entries) + 1:
+            raise LedgerDamaged(
+                f"ledger: entry {len(entries) + 1} is not the one that was written",
+                hint="`veilmart node restore` takes a backup; then `veilmart node repair` charges what the market has beyond it",
+            )
+        charge = Charge(_events_of(events), float(delta))
+        entries.append(Entry(number, release_number, request, charge, Origin(origin), release_id, envelope, found))
+        before = found
+    return entries
+
+
+def _events_text(events: Sequence[Event]) -> str:
+    return canonical_json({"events": [event_to_plain(event) for event in events]}).decode()
+
+
+def _events_of(text: str) -> tuple[Event, ...]:
+    try:
+        return tuple(event_from_plain(plain) for plain in json.loads(text)["events"])
+    except (ValueError, KeyError, TypeError, FormatError):
+        raise LedgerDamaged("ledger: an entry's events cannot be read", hint="`veilmart node restore` takes a backup") from None
+
+
+def _upgrade(db: sqlite3.Connection, population: str) -> None:
+    """Carry the charges of the first form of the ledger (no chain, unit record) over; none may be lost."""
+    db.execute("INSERT OR IGNORE INTO ledger VALUES (1, ?, 'record', 1)", (population,))
+    rows = db.execute("SELECT number, request, delta, multiplier, release_id, envelope FROM charge ORDER BY number").fetchall()
+    for number, request, delta, multiplier, release_id, envelope in rows:
+        _append(db, number, request, Charge((Gaussian(multiplier),), delta), Origin.DRAWN, release_id, envelope)
+    db.execute("DROP TABLE charge")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -5,14 +5,25 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from protocol.admission import AdmissionPolicy, admit
 from protocol.catalogue import EMPTY_HEAD, Catalogue, Head, extend_head, open_rows, row_of, verify_head
 from protocol.channel import CALL_TIMEOUT_S, CHUNK_BYTES, connect, error_from_status
+from protocol.codec import parse_decimal
 from protocol.encryption import PROFILE
-from protocol.errors import FormatError, IncompatibleSpecification, InvalidAdapter, InvalidSignature, NotFound, UsageError
+from protocol.errors import (
+    FormatError,
+    IncompatibleSpecification,
+    InvalidAdapter,
+    InvalidSignature,
+    NotAdmitted,
+    NotFound,
+    UsageError,
+)
 from protocol.features import FeatureMap
 from protocol.keys import write_durably
 from protocol.release import MAX_ADAPTER_BYTES, MAX_ENVELOPE_BYTES, AdapterReference, Release, open_envelope
@@ -32,14 +43,16 @@ class Description:
     map_ids: tuple[bytes, ...]
     simulation: bool
     head: Head
+    admission: AdmissionPolicy  # which specifications it says it takes
 
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """A local copy of all releases: rank on it and nothing about the query leaves."""
+    """A local copy of all releases that are admitted: rank on it and nothing about the query leaves."""
 
-    catalogue: Catalogue
+    catalogue: Catalogue  # under the market's signed head; rows of admitted releases only
     releases: tuple[Release, ...]
+    refused: tuple[bytes, ...] = ()  # ids of releases that the market holds against its own policy
 
 
 @dataclass
@@ -92,7 +105,7 @@ class MarketClient:
             raise InvalidSignature(
                 "market: its catalogue key is another than before", hint=f"if its operator confirms the change, remove {self._pin}"
             )
-        return Description(answer.market_key, tuple(answer.map_ids), answer.simulation, head)
+        return Description(answer.market_key, tuple(answer.map_ids), answer.simulation, head, _admission(answer.admission))
 
     def publish(self, envelope: bytes) -> int:
         """Publish a release and return its position; idempotent."""
@@ -179,8 +192,33 @@ class MarketClient:
         return catalogue
 
     def mirror(self, feature_map: FeatureMap) -> Mirror:
-        """Return all releases, fetching only what is new; every signature is verified and every row recomputed here."""
+        """Return all releases, fetching only what is new; every signature is verified, every row recomputed and admitted again here.
+
+        A release that breaks the market's own admission policy has no place in a ranking; the others go on.
+        """
         description = self._accepting(feature_map)
+        _, releases, catalogue = self._releases(description, feature_map)
+        kept = []
+        for position, release in enumerate(releases):
+            with suppress(NotAdmitted):
+                admit(release.specification, description.admission)
+                kept.append(position)
+        if len(kept) == len(releases):
+            return Mirror(catalogue, releases)
+        names, units = tuple(catalogue.names[i] for i in kept), tuple(catalogue.unit_of(i) for i in kept)
+        admitted = Catalogue(feature_map, catalogue.rows[kept], names, catalogue.head, units)
+        refused = tuple(release.release_id for i, release in enumerate(releases) if i not in set(kept))
+        return Mirror(admitted, tuple(releases[i] for i in kept), refused)
+
+    def releases_of(self, owner: bytes, feature_map: FeatureMap) -> list[bytes]:
+        """Return the envelopes of all releases of one owner, from the whole catalogue: a market that leaves one out breaks its own chain.
+
+        The market learns that somebody synced, not whose releases were looked for.
+        """
+        envelopes, releases, _ = self._releases(self._accepting(feature_map), feature_map)
+        return [envelope for envelope, release in zip(envelopes, releases, strict=True) if release.owner == owner]
+
+    def _releases(self, description: Description, feature_map: FeatureMap) -> tuple[list[bytes], tuple[Release, ...], Catalogue]:
         path = self._folder(description) / "envelopes"
         known = _read_entries(path)
         entries, head = self._fetch(pb.CATALOGUE_FORM_ENVELOPES, len(known))
@@ -193,7 +231,7 @@ class MarketClient:
         catalogue = open_rows(feature_map, [], rows, head, description.market_key)
         if entries:
             _write_entries(path, envelopes)
-        return Mirror(catalogue, releases)
+        return envelopes, releases, catalogue
 
     def _accepting(self, feature_map: FeatureMap) -> Description:
         description = self.describe()
@@ -248,6 +286,17 @@ def find_release_id(text: str, catalogue: Catalogue) -> bytes:
             f"{text}: names {len(hits)} releases", hint="give NAME@ and the first digits of the id, as `veilmart find` prints them"
         )
     raise NotFound(f"{text}: no such release among the {len(catalogue.names)} of this market", hint="`veilmart find` lists them")
+
+
+def _admission(message: Any) -> AdmissionPolicy:
+    try:
+        return AdmissionPolicy(
+            parse_decimal(message.largest_epsilon, "admission.largest_epsilon"),
+            parse_decimal(message.delta, "admission.delta") if message.delta else None,
+            message.smallest_count or None,
+        )
+    except UsageError as error:
+        raise FormatError(f"market: {error}") from None
 
 
 def _head(message: Any) -> Head:

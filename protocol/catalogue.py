@@ -1,9 +1,10 @@
 """The catalogue: the public scalars of every release, in one order, bound by one signature (docs/protocol.md 6.2).
 
-A row holds exact integers and the card's name, all of which anyone can recompute from the release, so a market that publishes a wrong
-row has signed the proof.  The name is there so that a ranking can be read without fetching a release, which would show the interest.
+A row holds exact integers, the card's name and the privacy unit, all of which anyone can recompute from the release, so a market that
+publishes a wrong row has signed the proof.  Name and unit are there so that a ranking can be read without fetching a release, which
+would show the interest.
 
-    row = scalars (dtype ROW) || name in ASCII
+    row = scalars (dtype ROW) || name in ASCII || (a blank and the unit, unless it is "record")
 
 Heads chain the rows:  head_0 = 0,  head_k = SHA-256(head_{k-1} || row_k).
 """
@@ -19,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.codec import domain_tag
-from protocol.errors import FormatError, IncompatibleSpecification, InvalidSignature
+from protocol.errors import FormatError, IncompatibleSpecification, InvalidSignature, UsageError
 from protocol.features import CENTRE_SCALE, VIEWS, FeatureMap
+from protocol.privacy import RECORD, PrivacyUnit
 from protocol.release import NAME, Release
 from protocol.specification import COUNT_STEP, FEATURE_SCALE, Specification
 
@@ -96,7 +98,25 @@ def row_of(release: Release, feature_map: FeatureMap) -> bytes:
     row["release_id"] = np.frombuffer(release.release_id, np.uint8)
     row["count"], row["noise_variance"] = int(specification.noisy_sums[0]), specification.noise_variance
     row["squares"], row["products"] = squares, products
-    return row.tobytes() + release.card.name.encode("ascii")
+    return row.tobytes() + label_of(release.card.name, specification.guarantee.unit)
+
+
+def label_of(name: str, unit: PrivacyUnit) -> bytes:
+    """Return the text at the end of a row: the name, and the privacy unit unless that is the record."""
+    return (name if unit == RECORD else f"{name} {unit}").encode("ascii")
+
+
+def _parse_label(text: bytes) -> tuple[str, PrivacyUnit]:
+    name, blank, unit = text.decode("ascii", "replace").partition(" ")
+    if not NAME.fullmatch(name):
+        raise FormatError("catalogue row: expected a name after the scalars")
+    try:
+        parsed = PrivacyUnit.parse(unit) if blank else RECORD
+    except UsageError as error:
+        raise FormatError(f"catalogue row: {error}") from None
+    if blank and parsed == RECORD:
+        raise FormatError("catalogue row: the unit 'record' is not written")
+    return name, parsed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +137,11 @@ class Catalogue:
     rows: NDArray[np.void]  # (N,), dtype ROW
     names: tuple[str, ...]
     head: Head
+    units: tuple[PrivacyUnit, ...] = ()  # as many as names; empty where every one is the record
+
+    def unit_of(self, position: int) -> PrivacyUnit:
+        """Return the privacy unit of the release at a position."""
+        return self.units[position] if self.units else RECORD
 
     @property
     def release_ids(self) -> list[bytes]:
@@ -139,12 +164,13 @@ def open_rows(feature_map: FeatureMap, known: Sequence[bytes], new: Sequence[byt
     """Return the catalogue of `known` followed by `new` rows if the market signed exactly these; raise otherwise.  No IO."""
     verify_head(head, market_key)
     rows = [*known, *new]
-    if not all(ROW.itemsize < len(row) and NAME.fullmatch(row[ROW.itemsize :].decode("ascii", "replace")) for row in new):
+    if not all(ROW.itemsize < len(row) for row in rows):
         raise FormatError(f"catalogue row: expected {ROW.itemsize} bytes of scalars and a name")
+    labels = [_parse_label(row[ROW.itemsize :]) for row in rows]
     if head.size != len(rows) or extend_head(EMPTY_HEAD, rows) != head.head:
         raise FormatError(f"catalogue: expected {head.size} rows under the signed head, got {len(rows)} that do not give it")
     scalars = np.frombuffer(b"".join(row[: ROW.itemsize] for row in rows), ROW)
-    return Catalogue(feature_map, scalars, tuple(row[ROW.itemsize :].decode("ascii") for row in rows), head)
+    return Catalogue(feature_map, scalars, tuple(name for name, _ in labels), head, tuple(unit for _, unit in labels))
 
 
 def estimate_counts(

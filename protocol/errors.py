@@ -2,15 +2,19 @@
 
     VeilmartError                       exit 1
     ├── UsageError                      exit 2    a file, option or configuration is wrong
-    │   └── RecordError                 exit 2    a data file: missing, empty, bad line, too few records
+    │   ├── RecordError                 exit 2    a data file: missing, empty, bad line, too few records
+    │   └── PopulationConflict          exit 2    another population or privacy unit than the ledger's, or records that another one charges
     ├── FormatError                     exit 7    bytes from outside are not what the protocol says
     │   └── UnsupportedVersion          exit 7
     ├── FeatureNormError                exit 1    a vector is longer than the bound its privacy proof needs
     ├── ModelError                      exit 2    base model or its wheel: missing, or another hash than expected
+    ├── NotAdmitted                     exit 7    a specification that no honest owner under the market's policy would release
     ├── IncompatibleSpecification       exit 2    another map, dimension or parameter set
     ├── InvalidSignature                exit 7
     ├── InvalidAdapter                  exit 7    wrong digest, wrong shapes, weights that are not finite
     ├── BudgetSpent                     exit 5    the ledger refused; nothing was drawn, nothing was spent
+    ├── LedgerBehind                    exit 5    the ledger does not know releases that were made: repair it before anything is drawn
+    ├── LedgerDamaged                   exit 7    an entry of the ledger is not the one that was written
     ├── NotFound                        exit 3    no such release, adapter, or no match
     ├── AlreadyPublished                exit 1
     ├── StaleCatalogue                  exit 6    the market's catalogue changed under the query: sync and ask again
@@ -48,6 +52,12 @@ class RecordError(UsageError):
     code = "records"
 
 
+class PopulationConflict(UsageError):
+    """A ledger belongs to another population or privacy unit, or a record is charged to another population already."""
+
+    code = "population"
+
+
 class FormatError(VeilmartError):
     """Bytes from outside do not follow the protocol."""
 
@@ -78,6 +88,12 @@ class IncompatibleSpecification(VeilmartError):
     code, exit_code = "specification.incompatible", 2
 
 
+class NotAdmitted(VeilmartError):
+    """A specification is outside the admission policy: no honest owner under it would have released these numbers."""
+
+    code, exit_code = "specification.not-admitted", 7
+
+
 class InvalidSignature(VeilmartError):
     """A signature does not verify."""
 
@@ -101,6 +117,18 @@ class BudgetSpent(VeilmartError):
             hint="ask for a smaller --epsilon, or raise --budget if your data officer agrees",
         )
         self.asked, self.spent, self.limit = asked, spent, limit
+
+
+class LedgerBehind(VeilmartError):
+    """The ledger does not know releases that were made under its key, or may not: it was restored and not compared since."""
+
+    code, exit_code = "ledger.behind", 5
+
+
+class LedgerDamaged(VeilmartError):
+    """The hash chain of the ledger does not verify: an entry was changed, removed or added by something else than a charge."""
+
+    code, exit_code = "ledger.damaged", 7
 
 
 class NotFound(VeilmartError):

@@ -150,7 +150,7 @@ def parse_release(body: bytes) -> Release:
             parse_decimal(epsilon, "release.epsilon"),
             parse_decimal(delta, "release.delta"),
             NeighbouringRelation(relation),
-            PrivacyUnit(unit),
+            PrivacyUnit.parse(unit),
         )
         card_value = Card(*take(card, {"name": str, "summary": str, "licence": str}, "release.card"))
     except (UsageError, ValueError) as error:

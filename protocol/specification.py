@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +57,22 @@ def quantise(features: NDArray[np.float64]) -> BoundedVectors:
     if too_long.any():
         units[too_long] = np.trunc(FEATURE_SCALE * (1 - 2**-20) * features[too_long]).astype(np.int64)
     return BoundedVectors(np.column_stack([np.full(len(units), COUNT_STEP, np.int64), units]))
+
+
+def quantise_units(features: NDArray[np.float64], units: Sequence[str]) -> BoundedVectors:
+    """Return one integer vector a privacy unit, trunc(4096 * mean of the unit's features), count step first.
+
+    features: (n, D) of norm <= 1; units: n names, equal where records belong to one unit.  Rows come in the order of first appearance.
+    A mean of vectors of norm at most 1 has norm at most 1, so the bound of a record is the bound of a whole unit.
+    Each mean is made of its unit's own rows in an array of their own: no other unit can change as much as its last bit.
+    """
+    if len(units) != len(features):
+        raise FeatureNormError(f"units: expected one for each of {len(features)} records, got {len(units)}")
+    rows: dict[str, list[int]] = {}
+    for row, unit in enumerate(units):
+        rows.setdefault(unit, []).append(row)
+    means = [features[own].mean(axis=0) for own in rows.values()]
+    return quantise(np.array(means).reshape(-1, features.shape[1]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

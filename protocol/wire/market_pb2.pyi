@@ -56,6 +56,7 @@ class MarketDescription(google.protobuf.message.Message):
     MAP_IDS_FIELD_NUMBER: builtins.int
     SIMULATION_FIELD_NUMBER: builtins.int
     HEAD_FIELD_NUMBER: builtins.int
+    ADMISSION_FIELD_NUMBER: builtins.int
     market_key: builtins.bytes
     """Ed25519 public key, 32 bytes; signs catalogue heads"""
     simulation: builtins.bool
@@ -66,6 +67,10 @@ class MarketDescription(google.protobuf.message.Message):
 
     @property
     def head(self) -> Global___SignedHead: ...
+    @property
+    def admission(self) -> Global___Admission:
+        """which specifications this market takes; an owner reads it before anything is charged"""
+
     def __init__(
         self,
         *,
@@ -73,11 +78,36 @@ class MarketDescription(google.protobuf.message.Message):
         map_ids: collections.abc.Iterable[builtins.bytes] | None = ...,
         simulation: builtins.bool = ...,
         head: Global___SignedHead | None = ...,
+        admission: Global___Admission | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["head", b"head"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["head", b"head", "map_ids", b"map_ids", "market_key", b"market_key", "simulation", b"simulation"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["admission", b"admission", "head", b"head"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["admission", b"admission", "head", b"head", "map_ids", b"map_ids", "market_key", b"market_key", "simulation", b"simulation"]) -> None: ...
 
 Global___MarketDescription: typing_extensions.TypeAlias = MarketDescription
+
+@typing.final
+class Admission(google.protobuf.message.Message):
+    """Decimals travel as the shortest text that reads back to them; empty or 0 asks for nothing (docs/protocol.md 6.5)."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LARGEST_EPSILON_FIELD_NUMBER: builtins.int
+    DELTA_FIELD_NUMBER: builtins.int
+    SMALLEST_COUNT_FIELD_NUMBER: builtins.int
+    largest_epsilon: builtins.str
+    delta: builtins.str
+    smallest_count: builtins.int
+    """noisy number of privacy units"""
+    def __init__(
+        self,
+        *,
+        largest_epsilon: builtins.str = ...,
+        delta: builtins.str = ...,
+        smallest_count: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["delta", b"delta", "largest_epsilon", b"largest_epsilon", "smallest_count", b"smallest_count"]) -> None: ...
+
+Global___Admission: typing_extensions.TypeAlias = Admission
 
 @typing.final
 class SignedHead(google.protobuf.message.Message):

@@ -14,6 +14,9 @@ OWNERS = ("bank-letters", "rail-desk")
 EPSILON = ("--epsilon", "8", "--largest-epsilon", "8", "--budget", "16")
 
 
+MARKET = ("--largest-epsilon", "8", "--smallest-count", "1")
+
+
 def write_task(path, name, split, count):
     lines = [json.dumps({"prompt": record.prompt, "response": record.response}) for record in generate(name, count, split)]
     path.write_text("\n".join(lines) + "\n")
@@ -25,7 +28,7 @@ def published(tmp_path_factory, slm_directory):
     """Two owners publish to a market; yield its address, its certificate, and the querier's home."""
     root = tmp_path_factory.mktemp("two-homes")
     base = ("--base", str(slm_directory))
-    with market_process(root / "market-home") as (started, _):
+    with market_process(root / "market-home", options=MARKET) as (started, _):
         market = ("--market", started["address"], "--ca", started["ca"])
         for owner in OWNERS:
             data = write_task(root / f"{owner}.jsonl", owner, "train", 110)

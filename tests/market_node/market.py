@@ -12,6 +12,7 @@ from market_node.identity import market_identity
 from market_node.server import OPTIONS
 from market_node.service import MarketService
 from market_node.store import Store
+from protocol.admission import AdmissionPolicy
 from protocol.features import FeatureMap
 from protocol.wire.market_pb2_grpc import add_MarketServicer_to_server
 
@@ -19,7 +20,14 @@ NOW = datetime.datetime.now(datetime.UTC)
 
 
 @contextmanager
-def running_market(home: Path, feature_map: FeatureMap, *, simulation: bool = False, service_type: type[MarketService] = MarketService):
+def running_market(
+    home: Path,
+    feature_map: FeatureMap,
+    *,
+    simulation: bool = False,
+    service_type: type[MarketService] = MarketService,
+    policy: AdmissionPolicy | None = None,
+):
     """Yield (address, certificate file, store)."""
     identity = market_identity(home, (), NOW)
     started, loop = threading.Event(), asyncio.new_event_loop()
@@ -27,7 +35,7 @@ def running_market(home: Path, feature_map: FeatureMap, *, simulation: bool = Fa
 
     async def main() -> None:
         store = Store.open(home)
-        service = service_type(store, feature_map, identity.market_key, simulation=simulation)
+        service = service_type(store, feature_map, identity.market_key, simulation=simulation, policy=policy)
         server = grpc.aio.server(options=OPTIONS)
         add_MarketServicer_to_server(service, server)
         port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(identity.server_key, identity.server_certificate)]))

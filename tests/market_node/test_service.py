@@ -11,11 +11,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from market_node import service as services
 from market_node.service import STATUSES
+from protocol.admission import AdmissionPolicy
 from protocol.catalogue import EMPTY_HEAD, open_rows
 from protocol.channel import CHUNK_BYTES, CODE_KEY, connect
 from protocol.codec import canonical_json, domain_tag
 from protocol.encryption import DATA_PRIME, PROFILE, QUERY_BYTES, MatchPlan, QueryKey
 from protocol.errors import VeilmartError
+from protocol.privacy import Guarantee
 from protocol.release import AdapterReference
 from protocol.wire import market_pb2 as pb
 from protocol.wire.market_pb2_grpc import MarketStub
@@ -84,8 +86,18 @@ REFUSED_RELEASES = {
     "nothing": (lambda: b"", "INVALID_ARGUMENT", "format"),
     "another map": (lambda: envelope_of(small_map("other", 9), OWNER, seed=5), "FAILED_PRECONDITION", "specification.incompatible"),
     "simulated noise": (lambda: envelope_of(MAP, OWNER, seed=5, simulated=True), "INVALID_ARGUMENT", "usage"),
+    "an epsilon above the policy": (
+        lambda: envelope_of(MAP, OWNER, number=8, guarantee=Guarantee(8.0, 1e-6)), "FAILED_PRECONDITION", "specification.not-admitted",
+    ),
+    "another delta": (
+        lambda: envelope_of(MAP, OWNER, number=8, guarantee=Guarantee(1.0, 1e-5)), "FAILED_PRECONDITION", "specification.not-admitted",
+    ),
+    "hardly any record": (
+        lambda: envelope_of(MAP, OWNER, number=8, guarantee=Guarantee(2.0, 1e-6), count=1), "FAILED_PRECONDITION",
+        "specification.not-admitted",  # the noisy count reaches 50 with a chance of 1e-7
+    ),
     "other bytes under the same number": (lambda: envelope_of(MAP, OWNER, number=1, seed=50), "ALREADY_EXISTS", "already-published"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("make", "status", "code"), REFUSED_RELEASES.values(), ids=REFUSED_RELEASES)
@@ -99,6 +111,17 @@ def test_a_simulation_takes_simulated_releases(tmp_path):
     with running_market(tmp_path, MAP, simulation=True) as (address, ca, _):
         channel = connect(address, ca)
         assert publish(MarketStub(channel), envelope_of(MAP, OWNER, simulated=True)).index == 0
+        channel.close()
+
+
+def test_a_market_says_what_it_takes_and_takes_it(tmp_path):
+    policy = AdmissionPolicy(8.0, None, 1)
+    with running_market(tmp_path, MAP, policy=policy) as (address, ca, _):
+        channel = connect(address, ca)
+        stub = MarketStub(channel)
+        told = described(stub).admission
+        assert (told.largest_epsilon, told.delta, told.smallest_count) == ("8.0", "", 1)
+        assert publish(stub, envelope_of(MAP, OWNER, guarantee=Guarantee(8.0, 1e-5), count=60)).index == 0
         channel.close()
 
 

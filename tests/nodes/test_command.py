@@ -30,7 +30,10 @@ def test_help_answers_in_half_a_second(tmp_path):
     assert statistics.median(seconds) < 0.5
 
 
-COMMANDS = ["demo", "sim", "find", "pull", "ask", "market up", "node publish", "model import", "map fit", "map show"]
+COMMANDS = [
+    "demo", "sim", "find", "pull", "ask", "market up", "node publish", "node ledger", "node backup", "node restore", "node repair",
+    "model import", "map fit", "map show",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -59,6 +62,11 @@ def test_wrong_input_gets_one_clear_error_and_its_exit_code(tmp_path):
         (2, ["node", "publish", "--data", good, "--dry-run", "--base", str(tmp_path)], "model directory"),
         (2, ["node", "publish", "--data", good, "--dry-run", "--epsilon-adapter", "8"], "none"),
         (2, ["node", "publish", "--data", good, "--dry-run", "--epsilon", "0"], "epsilon"),
+        (2, ["node", "publish", "--data", good, "--dry-run", "--unit", "a b"], "unit"),
+        (2, ["node", "publish", "--data", good, "--dry-run", "--unit", "text"], "whom it belongs to"),
+        (2, ["node", "publish", "--data", good, "--dry-run", "--population", "../x"], "--population"),
+        (2, ["node", "restore", good], "not a usable backup"),
+        (2, ["market", "up", "--port", "0", "--largest-epsilon", "50"], "largest epsilon"),
         (2, ["sim", "--data", str(tmp_path / "none")], "no such folder"),
         (2, ["sim", "--data", str(tmp_path), "--out", str(tmp_path)], "new or empty folder"),
         (2, ["ask", "-m", "x@00000000"], "Missing argument"),

@@ -1,15 +1,18 @@
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from nodes.base_model import BaseModel
 from nodes.finetune import Recipe
-from nodes.guard import Guard, Order, Policy
+from nodes.guard import Guard, Order, Policy, map_alone
 from nodes.ledger import Budget
 from nodes.simulate import seeded_noise
-from protocol.errors import BudgetSpent, IncompatibleSpecification, RecordError, UsageError
+from protocol.errors import BudgetSpent, IncompatibleSpecification, PopulationConflict, RecordError, UsageError
+from protocol.features import default_map
 from protocol.hazmat.noise import NoiseSource
-from protocol.privacy import Guarantee
+from protocol.privacy import Guarantee, PrivacyUnit
 from protocol.release import Card, open_envelope
 from tests.nodes.owners import MARKER, make_guard, tiny_map, write_records
 
@@ -61,13 +64,33 @@ def test_another_record_is_another_release_in_the_same_ledger(tmp_path, data, mo
     assert guard.price(ONE.guarantee).spent > 1.3
 
 
+def write_lines(path, lines) -> None:
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+
+
+def of_persons(count: int, persons: int, **changed) -> list[dict]:
+    return [{"text": f"{MARKER} visit {i} of somebody", "person": f"p{i % persons}"} | changed.get(f"r{i}", {}) for i in range(count)]
+
+
+PERSONS = Policy(unit=PrivacyUnit("person"))
 REFUSALS = {
     "too few records": (RecordError, lambda path: write_records(path, 5), Policy(), ONE),
+    "one record": (RecordError, lambda path: write_records(path, 1), Policy(), ONE),
+    "the same record again and again": (RecordError, lambda path: write_lines(path, [{"text": f"{MARKER} again"}] * 40), Policy(), ONE),
+    "too few persons": (RecordError, lambda path: write_lines(path, of_persons(60, 5)), PERSONS, ONE),
+    "a record without the field": (RecordError, lambda path: write_records(path), PERSONS, ONE),
+    "one record of many without a person": (
+        RecordError, lambda path: write_lines(path, of_persons(60, 30, r41={"person": " "})), PERSONS, ONE,
+    ),
+    "a person who is no text": (RecordError, lambda path: write_lines(path, of_persons(60, 30, r7={"person": [MARKER]})), PERSONS, ONE),
+    "a delta of one by the number of records": (
+        UsageError, lambda path: write_records(path, 120), Policy(budget=Budget(4.0, 1e-2)), Order(Guarantee(1.0, 1e-2)),
+    ),
     "no file": (RecordError, lambda path: path.unlink(), Policy(), ONE),
     "an epsilon above the policy": (UsageError, lambda path: None, Policy(), Order(Guarantee(3.0, 1e-6))),
     "a delta above the policy": (UsageError, lambda path: None, Policy(), Order(Guarantee(1.0, 1e-3))),
     "a spent budget": (BudgetSpent, lambda path: None, Policy(budget=Budget(0.5, 1e-6)), ONE),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("error", "spoil", "policy", "order"), REFUSALS.values(), ids=REFUSALS)
@@ -77,7 +100,7 @@ def test_a_refusal_draws_nothing_and_charges_nothing(tmp_path, data, model, erro
     with pytest.raises(error) as caught:
         guard.release(order)
     assert MARKER not in str(caught.value)
-    assert guard.price(ONE.guarantee).spent == 0.0
+    assert guard._ledger.entries() == []
     assert guard.collect() is None
     guard.request(order)
     guard.work()
@@ -125,3 +148,161 @@ def test_the_owners_key_is_for_the_owner_alone(tmp_path, data, model):
     key.chmod(0o644)
     with pytest.raises(UsageError, match="0600"):
         make_guard(tmp_path / "home", data, model)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_embedding_that_is_not_finite_is_refused_before_anything_is_drawn(tmp_path, data, model, value):
+    def embed(records, *, layer, on_progress=None):
+        made = model.embed_alone(records, layer=layer)
+        made[17, 1, 3] = value
+        return made
+
+    guard = make_guard(tmp_path / "home", data, model, forbidden_noise(), embed=embed)
+    with pytest.raises(RecordError, match=r"record 18.*not finite"):
+        guard.release(ONE)
+    assert guard._ledger.entries() == []
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -1.0, 20.5, float("nan"), float("inf")])
+def test_an_epsilon_that_means_nothing_cannot_be_ordered(epsilon):
+    with pytest.raises(UsageError):
+        Order(Guarantee(epsilon, 1e-6))
+
+
+def test_more_releases_than_the_budget_are_refused_one_by_one(tmp_path, data, model):
+    policy, released = Policy(budget=Budget(2.2, 1e-6)), 0
+    for count in range(40, 50):  # ten snapshots of a file that grows
+        write_records(data, count)
+        noise = None if released < 4 else forbidden_noise()
+        guard = make_guard(tmp_path / "home", data, model, noise, policy=policy)
+        try:
+            guard.release(ONE)
+            released += 1
+        except BudgetSpent:
+            assert noise is not None
+    assert released == len(guard._ledger.entries()) == 4  # epsilon 1 four times is 2.12
+
+
+# Two populations -------------------------------------------------------------------------------------------------------
+
+
+def population(tmp_path, name: str, data, model, noise=None, unit=None):
+    policy = Policy(population=name, unit=unit or Policy().unit)
+    return make_guard(tmp_path / name, data, model, noise, policy=policy, claims=tmp_path / "claims.db")
+
+
+def test_two_populations_cannot_claim_one_file(tmp_path, data, model):
+    population(tmp_path, "ward", data, model).release(ONE)
+    other = population(tmp_path, "clinic", data, model, forbidden_noise())
+    for ask in (other.release, other.plan):
+        with pytest.raises(PopulationConflict, match="40 of its records or units are charged to population 'ward'"):
+            ask(ONE)
+    assert other._ledger.entries() == []
+
+
+def test_one_common_record_is_a_conflict_and_a_file_of_other_records_is_not(tmp_path, data, model):
+    population(tmp_path, "ward", data, model).release(ONE)
+    mixed = write_records(tmp_path / "mixed.jsonl", word="linen")
+    population(tmp_path, "clinic", mixed, model).release(ONE)  # the control
+    mixed.write_text(mixed.read_text() + data.read_text().splitlines()[7] + "\n")
+    with pytest.raises(PopulationConflict, match="1 of its records"):
+        population(tmp_path, "clinic", mixed, model, forbidden_noise()).release(ONE)
+
+
+def test_one_person_in_two_populations_is_a_conflict(tmp_path, model):
+    unit, files = PrivacyUnit("person"), [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    write_lines(files[0], of_persons(60, 30))
+    write_lines(files[1], [{"text": f"other {i}", "person": f"q{i}" if i else "p3"} for i in range(40)])
+    population(tmp_path, "ward", files[0], model, unit=unit).release(ONE)
+    with pytest.raises(PopulationConflict, match="1 of its records or units"):
+        population(tmp_path, "clinic", files[1], model, forbidden_noise(), unit=unit).release(ONE)
+
+
+def test_a_ledger_keeps_its_unit_for_life(tmp_path, model):
+    data = tmp_path / "a.jsonl"
+    write_lines(data, of_persons(60, 30))
+    make_guard(tmp_path / "home", data, model).release(ONE)
+    with pytest.raises(PopulationConflict, match="for life"):
+        make_guard(tmp_path / "home", data, model, forbidden_noise(), policy=PERSONS)
+
+
+# Units -----------------------------------------------------------------------------------------------------------------
+
+
+def test_with_a_field_the_count_counts_its_values_and_the_release_says_so(tmp_path, model):
+    data = tmp_path / "a.jsonl"
+    write_lines(data, of_persons(600, 300))
+    policy = replace(PERSONS, budget=Budget(20.0, 1e-6), largest_epsilon=20.0)
+    guard = make_guard(tmp_path / "home", data, model, policy=policy)
+    loud = Order(Guarantee(20.0, 1e-6))  # the asker's unit is not asked for
+    assert (guard.plan(loud).records, guard.plan(loud).units) == (600, 300)
+    release = open_envelope(guard.release(loud))
+    assert release.specification.guarantee.unit == PrivacyUnit("person")
+    assert abs(release.specification.count - 300) < 12  # the noise of the count is below 1.4: eight standard deviations
+
+
+def test_the_same_texts_of_other_persons_are_another_request(tmp_path, model):
+    data = tmp_path / "a.jsonl"
+    guard = make_guard(tmp_path / "home", data, model, policy=PERSONS)
+    envelopes = []
+    for persons in (30, 31, 30):
+        write_lines(data, of_persons(60, persons))
+        envelopes.append(guard.release(ONE))
+    assert envelopes[0] == envelopes[2] != envelopes[1]
+
+
+# Orders of others ------------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_file_never_causes_a_release_by_itself(tmp_path, data, model):
+    guard = make_guard(tmp_path / "home", data, model)
+    guard.request(ONE)
+    guard.work()
+    first = guard.collect()
+    write_records(data, 41)
+    for order in (ONE, Order(Guarantee(0.5, 1e-6))):  # nor do orders with other numbers spend the budget
+        guard.request(order)
+    guard.work()
+    assert guard.collect() == first
+    assert guard.failures == []
+    assert len(guard._ledger.entries()) == 1
+    assert guard.release(ONE) != first, "the control: the owner's own act does make a new snapshot"
+    assert len(guard._ledger.entries()) == 2
+
+
+def test_an_order_cannot_measure_the_number_of_records_by_its_delta(tmp_path, data, model):
+    """With a delta of its choice it would be refused exactly where delta is not below 1/n."""
+    told = []
+    for count in (99, 101):
+        guard = make_guard(tmp_path / f"home{count}", write_records(data, count), model, policy=Policy(budget=Budget(4.0, 1e-2)))
+        guard.request(Order(Guarantee(1.0, 1e-3)))
+        guard.work()
+        told.append((guard.status(), guard.collect()))
+    assert told[0] == told[1]
+
+
+# Features --------------------------------------------------------------------------------------------------------------
+
+
+def embeddings(count: int, width: int) -> np.ndarray:
+    return (np.random.default_rng(5).standard_normal((count, 2, width)) * 3).astype(np.float32)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 31, 32, 33, 64, 193, 1000])
+def test_the_features_of_a_record_do_not_depend_on_the_others(count):
+    """Bit for bit, for every number of records and place among them: the sensitivity proof needs it."""
+    feature_map = default_map()
+    made = embeddings(count, feature_map.width)
+    whole = map_alone(feature_map, made)
+    alone = np.concatenate([map_alone(feature_map, made[[k]]) for k in range(0, count, 7)])
+    assert whole[::7].tobytes() == alone.tobytes()
+    assert map_alone(feature_map, made[::-1].copy())[::-1].tobytes() == whole.tobytes()
+    assert np.abs(whole - feature_map(made)).max() < 1e-12
+
+
+def test_one_product_over_all_records_would_let_them_touch_each_other():
+    """The control: the same rows among few and among many others come out with other last bits."""
+    feature_map = default_map()
+    made = embeddings(1000, feature_map.width)
+    if feature_map(made)[:3].tobytes() == feature_map(made[:3]).tobytes():
+        pytest.skip("the linear algebra of this machine computes every shape alike")

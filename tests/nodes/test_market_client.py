@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from market_node.service import MarketService, answering, streaming
 from nodes.learnwares import local_learnware, pull_learnware
 from nodes.market_client import MarketClient, find_release_id
+from protocol.admission import AdmissionPolicy
 from protocol.catalogue import row_of
 from protocol.errors import (
     FormatError,
@@ -15,10 +16,12 @@ from protocol.errors import (
     InvalidAdapter,
     InvalidSignature,
     MarketUnreachable,
+    NotAdmitted,
     NotFound,
     UsageError,
     VeilmartError,
 )
+from protocol.privacy import Guarantee, PrivacyUnit
 from protocol.release import AdapterReference, open_envelope
 from protocol.wire import market_pb2 as pb
 from tests.market_node.market import running_market
@@ -241,3 +244,55 @@ def test_errors_keep_their_kind_over_the_wire(tmp_path):
             client.publish(envelope_of(MAP, Ed25519PrivateKey.generate())[:-1] + b"x")
         with pytest.raises(VeilmartError, match="not here"):
             client.release(bytes(32))
+
+
+def add_unseen(store, **how) -> bytes:
+    """Put a release into the store past the market's gate; return its id."""
+    release = open_envelope(envelope := envelope_of(MAP, Ed25519PrivateKey.generate(), **how))
+    store.append(release, envelope, row_of(release, MAP))
+    return release.release_id
+
+
+def test_a_release_against_the_markets_own_policy_has_no_place_in_the_mirror_and_is_not_pulled(tmp_path):
+    with running_market(tmp_path / "m", MAP) as (address, ca, store), MarketClient(address, ca, tmp_path / "home") as client:
+        honest = [open_envelope(envelope).release_id for envelope in publish_three(client)]
+        bad = add_unseen(store, seed=7, guarantee=Guarantee(8.0, 1e-6))
+        mirror = client.mirror(MAP)
+        assert [release.release_id for release in mirror.releases] == mirror.catalogue.release_ids == honest
+        assert len(mirror.catalogue.names) == len(mirror.catalogue.rows) == 3
+        assert mirror.refused == (bad,)
+        with pytest.raises(NotAdmitted):
+            pull_learnware("owner-7", client, tmp_path / "home", MAP)
+
+
+def test_a_market_that_says_it_takes_it_is_mirrored_whole(tmp_path):
+    """The control of the test above."""
+    market = running_market(tmp_path / "m", MAP, policy=AdmissionPolicy(8.0, None, None))
+    with market as (address, ca, store), MarketClient(address, ca, tmp_path / "home") as client:
+        publish_three(client)
+        add_unseen(store, seed=7, guarantee=Guarantee(8.0, 1e-6))
+        assert len(client.mirror(MAP).releases) == 4
+
+
+def test_the_privacy_unit_is_in_the_catalogue_and_at_the_pull(tmp_path):
+    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        client.publish(envelope_of(MAP, Ed25519PrivateKey.generate(), seed=1))
+        client.publish(envelope_of(MAP, Ed25519PrivateKey.generate(), seed=2, guarantee=Guarantee(1.0, 1e-6, unit=PrivacyUnit("person"))))
+        catalogue = client.sync(MAP)
+        assert [str(catalogue.unit_of(position)) for position in range(2)] == ["record", "field:person"]
+        assert catalogue.names == ("owner-1", "owner-2")
+        assert client.mirror(MAP).catalogue.units == catalogue.units
+        pulled = pull_learnware("owner-2", client, tmp_path / "home", MAP)
+        assert pulled.release.specification.guarantee.unit == PrivacyUnit("person")
+
+
+@answering
+async def no_policy(self, request, context):
+    size, head = self._store.head()
+    return pb.MarketDescription(market_key=self._public, map_ids=[self._map.map_id], head=self._signed(size, head))
+
+
+def test_a_market_that_states_no_policy_is_refused(tmp_path):
+    with running_market(tmp_path / "m", MAP, service_type=lying(Describe=no_policy)) as (address, ca, _):
+        with MarketClient(address, ca, tmp_path / "home") as client, pytest.raises(FormatError, match="admission"):
+            client.describe()

@@ -1,6 +1,6 @@
 import pytest
 
-from nodes.records import Pair, Prompt, Text, digest_of, parse_record, read_records, read_training_records
+from nodes.records import Pair, Prompt, Text, digest_of, parse_record, read_owned_records, read_records
 from protocol.errors import RecordError
 
 SECRET = "SECRET-7141"
@@ -54,10 +54,10 @@ def test_training_needs_responses_and_enough_records(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a b"}\n{"prompt": "q"}\n')
     with pytest.raises(RecordError, match="record 2: expected a response"):
-        read_training_records(path, 1)
+        read_owned_records(path, 1)
     path.write_text('{"text": "a b"}\n')
     with pytest.raises(RecordError, match="at least 20"):
-        read_training_records(path, 20)
+        read_owned_records(path, 20)
 
 
 def test_the_digest_tells_records_and_order_apart():

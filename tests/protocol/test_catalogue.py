@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from protocol.catalogue import EMPTY_HEAD, centred_means, extend_head, open_rows, row_of, sign_head
+from protocol.catalogue import EMPTY_HEAD, ROW, centred_means, extend_head, open_rows, row_of, sign_head
 from protocol.errors import FormatError, IncompatibleSpecification, InvalidSignature
+from protocol.privacy import RECORD, PrivacyUnit
 from tests.protocol.worlds import release_of, small_map
 
 MAP, OWNER, MARKET = small_map(), Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
@@ -43,6 +44,7 @@ WAYS_TO_CHEAT = {
     "one bit of a scalar": lambda rows: [rows[0], rows[1][:40] + bytes([rows[1][40] ^ 1]) + rows[1][41:], rows[2]],
     "another name": lambda rows: [rows[0][:-1] + b"z", *rows[1:]],
     "a row cut short": lambda rows: [rows[0][:50], *rows[1:]],
+    "another privacy unit": lambda rows: [rows[0] + b" field:person", *rows[1:]],
 }
 
 
@@ -70,3 +72,21 @@ def test_sums_that_no_data_set_has_are_refused():
     huge = replace(release, specification=replace(release.specification, noisy_sums=sums))
     with pytest.raises(FormatError, match="too large"):
         row_of(huge, MAP)
+
+
+@pytest.mark.parametrize(
+    "label", [b"", b"a b", b"a record", b"a field:", b"a field:text", b"a  field:x", b"a field:x y", b" field:x", b"\xff"]
+)
+def test_a_row_whose_label_nobody_writes_is_refused_though_it_is_signed(label):
+    rows = [ROWS[0][: ROW.itemsize] + label]
+    with pytest.raises(FormatError, match=r"unit|row"):
+        open_rows(MAP, [], rows, sign_head(1, extend_head(EMPTY_HEAD, rows), MARKET), PUBLIC)
+
+
+def test_the_unit_of_a_row_is_the_releases():
+    guarantee = replace(RELEASES[0].specification.guarantee, unit=PrivacyUnit("person"))
+    release = replace(RELEASES[0], specification=replace(RELEASES[0].specification, guarantee=guarantee))
+    rows = [ROWS[1], row_of(release, MAP)]
+    catalogue = open_rows(MAP, [], rows, sign_head(2, extend_head(EMPTY_HEAD, rows), MARKET), PUBLIC)
+    assert [catalogue.unit_of(position) for position in range(2)] == [RECORD, PrivacyUnit("person")]
+    assert rows[1] == ROWS[0].replace(RELEASES[0].release_id, release.release_id) + b" field:person", "rows of records are as they were"

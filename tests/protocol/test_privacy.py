@@ -1,9 +1,29 @@
 import math
 
+import numpy as np
 import pytest
 
-from protocol.errors import UsageError
-from protocol.privacy import Guarantee, composed_epsilon, delta_at, effective_multiplier, epsilon_at, noise_multiplier, noise_variance
+from protocol.errors import FormatError, UsageError
+from protocol.privacy import (
+    FILTER_ORDERS,
+    RECORD,
+    Gaussian,
+    Guarantee,
+    PoissonSampledGaussian,
+    PrivacyUnit,
+    composed_epsilon,
+    delta_at,
+    effective_multiplier,
+    epsilon_at,
+    event_from_plain,
+    event_to_plain,
+    filter_epsilon,
+    ledger_epsilon,
+    noise_multiplier,
+    noise_variance,
+    renyi_divergence,
+    renyi_epsilon,
+)
 from protocol.specification import NORM_SQUARED
 
 SMALLEST_NOISE = [(0.1, 36.305), (0.5, 8.0576), (1.0, 4.2247), (2.0, 2.2305), (4.0, 1.1935), (8.0, 0.6529)]
@@ -66,3 +86,83 @@ def test_the_noise_of_epsilon_one_is_the_documented_one():
 def test_a_guarantee_without_meaning_is_refused(epsilon, delta):
     with pytest.raises(UsageError):
         Guarantee(epsilon, delta)
+
+
+def quadrature(multiplier: float, rate: float, order: float) -> float:
+    """The Renyi divergence of one sampled Gaussian by the trapezoid rule: a slow second implementation, for any real order."""
+    x = np.arange(-14 * multiplier, order + 14 * multiplier, multiplier / 64)
+    ratio = np.logaddexp(math.log1p(-rate), math.log(rate) + (2 * x - 1) / (2 * multiplier**2))
+    density = -(x**2) / (2 * multiplier**2) - math.log(multiplier * math.sqrt(2 * math.pi))
+    return float(np.logaddexp.reduce(density + order * ratio) + math.log(multiplier / 64)) / (order - 1)
+
+
+@pytest.mark.parametrize("order", [2, 3, 5, 7, 10, 16, 64])
+@pytest.mark.parametrize(("multiplier", "rate"), [(1.0, 0.016), (0.6, 0.1), (4.0, 0.5)])
+def test_the_divergence_of_a_sampled_gaussian_is_exact_at_integer_orders(multiplier, rate, order):
+    assert renyi_divergence(PoissonSampledGaussian(multiplier, rate, 1), order) == pytest.approx(
+        quadrature(multiplier, rate, order), rel=1e-8
+    )
+
+
+@pytest.mark.parametrize("order", [1.1, 1.5, 2.3, 4.7, 9.9])
+@pytest.mark.parametrize(("multiplier", "rate"), [(1.0, 0.016), (0.6, 0.1), (4.0, 0.5)])
+def test_between_integer_orders_the_bound_holds(multiplier, rate, order):
+    assert renyi_divergence(PoissonSampledGaussian(multiplier, rate, 1), order) >= quadrature(multiplier, rate, order) * (1 - 1e-9)
+
+
+def test_sampling_everything_is_no_sampling():
+    assert renyi_divergence(PoissonSampledGaussian(2.0, 1.0, 3), 5) == pytest.approx(3 * renyi_divergence(Gaussian(2.0), 5))
+
+
+def test_a_history_of_gaussians_is_exact_and_a_mixed_one_is_filtered():
+    spec, training = Gaussian(4.2247), PoissonSampledGaussian(1.0, 0.016, 300)
+    assert ledger_epsilon([spec, spec], 1e-6) == composed_epsilon([4.2247] * 2, 1e-6)
+    assert ledger_epsilon([spec, training], 1e-6) == filter_epsilon([spec, training], 1e-6)
+    assert ledger_epsilon([], 1e-6) == filter_epsilon([], 1e-6) == 0.0
+
+
+def test_the_filters_orders_share_delta():
+    """The union bound: at each order the filter is a filter of one order, fixed beforehand, at a share of delta."""
+    events = [Gaussian(4.2247), PoissonSampledGaussian(1.0, 0.016, 300)]
+    single = [renyi_epsilon(events, 1e-6 / len(FILTER_ORDERS), [order]) for order in FILTER_ORDERS]
+    assert filter_epsilon(events, 1e-6) == min(single)
+    assert filter_epsilon(events, 1e-6) > renyi_epsilon(events, 1e-6, FILTER_ORDERS), "the control: without shares it would be smaller"
+
+
+def test_more_events_never_cost_less():
+    training = PoissonSampledGaussian(1.0, 0.016, 300)
+    costs = [filter_epsilon([training] * k, 1e-6) for k in range(5)]
+    assert costs == sorted(costs)
+    assert costs[1] < filter_epsilon([PoissonSampledGaussian(1.0, 0.016, 301)], 1e-6)
+
+
+EVENTS = [Gaussian(4.2247), Gaussian(1 / 3), PoissonSampledGaussian(1.0, 0.016, 300)]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=repr)
+def test_an_event_reads_back(event):
+    assert event_from_plain(event_to_plain(event)) == event
+
+
+@pytest.mark.parametrize("plain", [
+    None, {}, {"kind": "laplace", "multiplier": "1.0"}, {"kind": "gaussian"}, {"kind": "gaussian", "multiplier": "0"},
+    {"kind": "gaussian", "multiplier": "nan"}, {"kind": "gaussian", "multiplier": "inf"},
+    {"kind": "poisson-sampled-gaussian", "multiplier": "1.0", "sampling_rate": "1.5", "steps": 3},
+    {"kind": "poisson-sampled-gaussian", "multiplier": "1.0", "sampling_rate": "0.5", "steps": 0},
+])  # fmt: skip
+def test_an_event_that_nobody_knows_is_refused(plain):
+    with pytest.raises(FormatError):
+        event_from_plain(plain)
+
+
+def test_a_unit_is_a_record_or_a_named_field():
+    assert str(RECORD) == "record"
+    assert PrivacyUnit.parse("record") == RECORD
+    assert PrivacyUnit.parse("field:person") == PrivacyUnit("person")
+    assert str(PrivacyUnit("record")) == "field:record", "a field may have that name and is not taken for the record"
+
+
+@pytest.mark.parametrize("text", ["", "person", "field:", "field:a b", "field:1st", "Record", "field:" + "x" * 64, "field:é", "field:text"])
+def test_a_unit_that_nobody_defined_is_refused(text):
+    with pytest.raises(UsageError):
+        PrivacyUnit.parse(text)

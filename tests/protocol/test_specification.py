@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from protocol.errors import FeatureNormError, FormatError
 from protocol.hazmat.noise import operating_system
 from protocol.privacy import Guarantee, NeighbouringRelation, noise_variance
-from protocol.specification import COUNT_STEP, FEATURE_SCALE, NORM_SQUARED, BoundedVectors, Specification, estimate, quantise
+from protocol.specification import (
+    COUNT_STEP,
+    FEATURE_SCALE,
+    NORM_SQUARED,
+    BoundedVectors,
+    Specification,
+    estimate,
+    quantise,
+    quantise_units,
+)
 
 EPSILON_ONE = Guarantee(1.0, 1e-6)
 
@@ -86,3 +95,74 @@ def test_a_feature_that_is_no_unit_vector_is_refused(value):
 def test_vectors_that_are_too_long_are_refused():
     with pytest.raises(FeatureNormError):
         BoundedVectors(np.array([[COUNT_STEP, FEATURE_SCALE + 1]]))
+
+
+def exact_sum(features: np.ndarray, units: list[str]) -> np.ndarray:
+    return quantise_units(features, units).rows.sum(axis=0)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 24), st.integers(1, 40))
+def test_a_whole_unit_changes_the_exact_sum_by_at_most_the_sensitivity(seed, others, own):
+    """Added or removed, with all its records, wherever they stand between those of others."""
+    rng = np.random.default_rng(seed)
+    direction = unit_rows(1, 16, seed)
+    features = unit_rows(others + own, 16, seed)
+    features[others:] = np.where(rng.random((own, 1)) < 0.5, direction, features[others:])  # the worst unit repeats itself
+    units = [f"person {k % 7}" for k in range(others)] + ["the one"] * own
+    order = rng.permutation(len(units))
+    with_it = exact_sum(features[order], [units[k] for k in order])
+    rest = [k for k in order if units[k] != "the one"]
+    change = with_it - exact_sum(features[rest], [units[k] for k in rest])
+    assert int((change**2).sum()) <= NORM_SQUARED
+    assert change[0] == COUNT_STEP
+
+
+def test_a_unit_counted_record_by_record_would_break_the_bound():
+    """The control: as records of their own, forty equal records of one person move the sum forty times as far."""
+    features = np.repeat(unit_rows(1, 16), 40, axis=0)
+    assert int((quantise(features).rows.sum(axis=0) ** 2).sum()) > NORM_SQUARED
+    assert int((exact_sum(features, ["the one"] * 40) ** 2).sum()) <= NORM_SQUARED
+
+
+def test_a_unit_is_counted_once_and_is_the_mean_of_its_records():
+    features = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    rows = quantise_units(features, ["a", "b", "a"]).rows
+    assert rows.tolist() == [[COUNT_STEP, FEATURE_SCALE // 2, -FEATURE_SCALE // 2], [COUNT_STEP, 0, FEATURE_SCALE]]
+
+
+def test_units_that_do_not_fit_the_records_are_refused():
+    with pytest.raises(FeatureNormError, match="units"):
+        quantise_units(unit_rows(3, 4), ["a", "b"])
+
+
+def attack(sigmas: float, releases: int = 400) -> tuple[float, float]:
+    """Return (area under the curve, its standard error) of the best membership attack, with noise `sigmas` times what it should be.
+
+    The attacker knows every other record: it projects the release minus their sum on the record's own vector, which is the
+    likelihood-ratio test of two Gaussians.
+    """
+    rows = unit_rows(30, 8)
+    vectors = quantise(rows).rows
+    rest, own = vectors[1:].sum(axis=0), vectors[0].astype(np.float64)
+    statistics = []
+    for present in (True, False):
+        data = quantise(rows if present else rows[1:])
+        drawn = [estimate(data, bytes(32), Guarantee(4.0, 1e-6), operating_system()).noisy_sums for _ in range(releases)]
+        exact = data.rows.sum(axis=0)
+        statistics.append([float((exact + sigmas * (sums - exact) - rest) @ own) for sums in drawn])
+    with_it, without = np.array(statistics[0]), np.array(statistics[1])
+    return float((with_it[:, None] > without[None]).mean()), math.sqrt(1 / (6 * releases))
+
+
+AREA_AT_FOUR = 0.7232  # Phi(mu / sqrt 2) at epsilon 4, mu = 1/1.1935
+
+
+def test_no_attack_on_one_release_does_better_than_the_bound():
+    area, error = attack(1.0)
+    assert area <= AREA_AT_FOUR + 5 * error  # five standard errors: 3e-7
+    assert area > AREA_AT_FOUR - 5 * error, "the best attack does reach the bound, or it says nothing"
+
+
+def test_the_best_attack_on_less_noise_exceeds_the_bound():
+    area, error = attack(0.5)
+    assert area > AREA_AT_FOUR + 5 * error

@@ -11,6 +11,7 @@ from protocol.specification import estimate, quantise
 
 WIDTH, DIMENSION = 8, 4
 CONSTANTS = ScoringConstants(between=0.01, within=0.2, norm=0.5, norm_std=0.2, drift=0.001, related=0.5, threshold=2.5)
+ONE = Guarantee(1.0, 1e-6)
 
 
 def small_map(name: str = "small", seed: int = 0) -> FeatureMap:
@@ -34,11 +35,17 @@ def features(count: int, seed: int, dimension: int = DIMENSION) -> np.ndarray:
 
 
 def release_of(
-    feature_map: FeatureMap, key: Ed25519PrivateKey, *, number: int = 1, seed: int = 0, simulated: bool = False, adapter=None
+    feature_map: FeatureMap,
+    key: Ed25519PrivateKey,
+    *,
+    number: int = 1,
+    seed: int = 0,
+    simulated: bool = False,
+    adapter=None,
+    guarantee: Guarantee = ONE,
+    count: int = 300,
 ) -> Release:
-    specification = estimate(
-        quantise(features(300, seed, feature_map.dimension)), feature_map.map_id, Guarantee(1.0, 1e-6), operating_system()
-    )
+    specification = estimate(quantise(features(count, seed, feature_map.dimension)), feature_map.map_id, guarantee, operating_system())
     previous = b"" if number == 1 else bytes(32)
     base = bytes.fromhex(feature_map.base_model)
     return Release(key.public_key().public_bytes_raw(), number, previous, base, specification, adapter, Card(f"owner-{seed}"), simulated)

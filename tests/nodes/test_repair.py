@@ -1,0 +1,221 @@
+"""A ledger that was restored from an older copy, against a real market on loopback: noticed, refused, repaired."""
+
+import json
+import sqlite3
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from nodes.base_model import BaseModel
+from nodes.guard import Order, Policy
+from nodes.ledger import Budget, Ledger, Origin
+from nodes.market_client import MarketClient
+from protocol.errors import AlreadyPublished, LedgerBehind, PopulationConflict
+from protocol.features import default_map
+from protocol.privacy import Guarantee, PrivacyUnit
+from protocol.release import open_envelope
+from tests.market_node.market import running_market
+from tests.nodes.owners import make_guard, tiny_map, write_records
+from tests.nodes.test_command import veilmart
+from tests.nodes.test_guard import forbidden_noise
+from tests.protocol.worlds import envelope_of
+
+ONE = Order(Guarantee(1.0, 1e-6))
+POLICY = Policy(budget=Budget(8.0, 1e-6))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_directory):
+    return BaseModel.open(tiny_model_directory)
+
+
+class Owner:
+    """An owner with a data file that grows, a home, and a connection to the market."""
+
+    def __init__(self, tmp_path, model, client, name="home"):
+        self.home, self.data, self.model, self.client = tmp_path / name, tmp_path / "notes.jsonl", model, client
+        self.map = tiny_map(model)
+
+    def guard(self, noise=None):
+        return make_guard(self.home, self.data, self.model, noise, policy=POLICY)
+
+    def publish(self, count: int, noise=None) -> bytes:
+        """As `veilmart node publish` does: compare, then draw, then send."""
+        write_records(self.data, count)
+        guard = self.guard(noise)
+        guard.require_current(self.client.releases_of(guard.owner, self.map))
+        envelope = guard.release(ONE)
+        self.client.publish(envelope)
+        return envelope
+
+    @property
+    def ledger_file(self):
+        return self.home / "ledger.db"
+
+
+@pytest.fixture
+def owner(tmp_path, model):
+    feature_map = tiny_map(model)
+    with running_market(tmp_path / "m", feature_map) as (address, ca, _), MarketClient(address, ca, tmp_path / "client") as client:
+        # Somebody else is at the market too, and is never taken for this owner.
+        client.publish(envelope_of(feature_map, Ed25519PrivateKey.generate(), seed=5))
+        yield Owner(tmp_path, model, client)
+
+
+def test_an_older_copy_of_the_ledger_is_noticed_and_nothing_is_drawn_until_it_is_repaired(owner):
+    owner.publish(150)
+    old = owner.ledger_file.read_bytes()
+    published = [owner.publish(151), owner.publish(152)]
+    spent = owner.guard().price(ONE.guarantee).spent
+    owner.ledger_file.write_bytes(old)  # somebody restores last month's disk
+
+    with pytest.raises(LedgerBehind, match="2 releases"):
+        owner.publish(153, forbidden_noise())
+    assert owner.guard().price(ONE.guarantee).spent < spent
+    with pytest.raises(LedgerBehind):  # nor without asking the market first, and not after a restart
+        owner.guard(forbidden_noise()).release(ONE)
+
+    ledger = Ledger.open(owner.ledger_file, POLICY.budget)
+    envelopes = owner.client.releases_of(owner.guard().owner, owner.map)
+    assert ledger.absorb(envelopes) == 2
+    assert ledger.absorb(envelopes) == 0
+    assert [entry.origin for entry in ledger.entries()] == [Origin.DRAWN, Origin.MARKET, Origin.MARKET]
+    assert ledger.entries()[2].envelope == published[1] == ledger.latest()
+    assert owner.guard().price(ONE.guarantee).spent == pytest.approx(spent, rel=1e-9)
+    release = open_envelope(owner.publish(153))
+    assert (release.release_number, release.previous) == (4, open_envelope(published[1]).release_id)
+
+
+def test_without_the_comparison_the_older_copy_would_draw_again(owner):
+    """The control: the noise is drawn and reaches the market, which can only say afterwards that the number is taken."""
+    owner.publish(150)
+    old = owner.ledger_file.read_bytes()
+    owner.publish(151)
+    owner.ledger_file.write_bytes(old)
+    write_records(owner.data, 152)
+    envelope = owner.guard().release(ONE)
+    with pytest.raises(AlreadyPublished):
+        owner.client.publish(envelope)
+
+
+def test_a_ledger_that_is_current_is_not_refused(owner):
+    owner.publish(150)
+    assert owner.publish(150) == owner.publish(150), "the stored bytes, as often as one likes"
+    write_records(owner.data, 151)
+    unsent = owner.guard().release(ONE)  # charged but never sent: the ledger may know more than the market
+    owner.publish(151)
+    assert owner.guard().collect() == unsent
+
+
+def test_a_clone_of_the_node_is_noticed(owner, tmp_path, model):
+    owner.publish(150)
+    clone = Owner(tmp_path, model, owner.client, "clone")
+    clone.home.mkdir(mode=0o700)
+    for name in ("ledger.db", "owner.key", "claims.db"):
+        (clone.home / name).write_bytes((owner.home / name).read_bytes())
+        (clone.home / name).chmod(0o600)
+    owner.publish(151)
+    with pytest.raises(LedgerBehind):
+        clone.publish(152, forbidden_noise())
+
+
+def test_a_release_drawn_from_the_old_copy_stays_charged_beside_the_markets(owner):
+    owner.publish(150)
+    old = owner.ledger_file.read_bytes()
+    newer = owner.publish(151)
+    owner.ledger_file.write_bytes(old)
+    write_records(owner.data, 152)
+    orphan = owner.guard().release(ONE)  # drawn before anybody compared
+    ledger = Ledger.open(owner.ledger_file, POLICY.budget)
+    ledger.absorb(owner.client.releases_of(owner.guard().owner, owner.map))
+    assert [entry.envelope for entry in ledger.entries()[1:]] == [orphan, newer], "both numbers 2, both paid"
+    assert ledger.latest() == newer
+    assert open_envelope(owner.publish(153)).release_number == 3
+
+
+def test_a_lost_ledger_is_rebuilt_from_the_market(owner):
+    published = [owner.publish(150), owner.publish(151)]
+    spent = owner.guard().price(ONE.guarantee).spent
+    owner.ledger_file.unlink()
+    with pytest.raises(LedgerBehind):
+        owner.publish(152, forbidden_noise())
+    ledger = Ledger.open(owner.ledger_file, POLICY.budget)
+    assert ledger.absorb(owner.client.releases_of(owner.guard().owner, owner.map)) == 2
+    assert [entry.envelope for entry in ledger.entries()] == published
+    assert owner.guard().price(ONE.guarantee).spent == pytest.approx(spent)
+
+
+def test_a_ledger_of_another_unit_absorbs_nothing(owner):
+    owner.publish(150)
+    ledger = Ledger.open(owner.home / "other.db", POLICY.budget, unit=PrivacyUnit("person"))
+    with pytest.raises(PopulationConflict, match="unit"):
+        ledger.absorb(owner.client.releases_of(owner.guard().owner, owner.map))
+    assert ledger.entries() == []
+
+
+# The same by the command line -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A home whose owner published three releases of the shipped map, and the market that holds them."""
+    key, feature_map = Ed25519PrivateKey.generate(), default_map()
+    envelopes = [envelope_of(feature_map, key, number=number, seed=number) for number in (1, 2, 3)]
+    with running_market(tmp_path / "m", feature_map) as (address, ca, _), MarketClient(address, ca, tmp_path / "client") as client:
+        for envelope in envelopes:
+            client.publish(envelope)
+        folder = tmp_path / "home" / "node"
+        folder.mkdir(parents=True)
+        (folder / "owner.key").write_bytes(key.private_bytes_raw())
+        (folder / "owner.key").chmod(0o600)
+        Ledger.open(folder / "ledger.db", Budget(4.0, 1e-6)).absorb(envelopes[:1])
+        yield tmp_path / "home", ("--market", address, "--ca", str(ca))
+
+
+def said(home, *words: str, code: int = 0) -> dict:
+    done = veilmart("node", *words, "--json", home=home)
+    assert done.returncode == code, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_commands_show_back_up_restore_and_repair_a_ledger(home, tmp_path):
+    where, market = home
+    shown = said(where, "ledger")
+    assert (shown["chain"], shown["population"], shown["unit"], len(shown["entries"])) == ("verified", "default", "record", 1)
+    assert shown["spent"] == pytest.approx(1.0, abs=1e-3)
+    assert shown["left"] == pytest.approx(3.0, abs=1e-3)
+    copy, key = tmp_path / "ledger.backup", tmp_path / "owner.key.backup"
+    assert said(where, "backup", str(copy), "--key", str(key))["entries"] == 1
+    assert (copy.stat().st_mode | key.stat().st_mode) & 0o077 == 0
+    assert key.read_bytes() == (where / "node" / "owner.key").read_bytes()
+    (where / "node" / "ledger.db").unlink()
+    assert said(where, "restore", str(copy)) == {"schema": "veilmart.restore/1", "entries": 1, "compared": False}
+    assert said(where, "ledger")["compared"] is False
+    assert said(where, "repair", *market)["charged_again"] == 2
+    after = said(where, "ledger")
+    assert (after["compared"], [entry["origin"] for entry in after["entries"]]) == (True, ["market"] * 3)
+    assert veilmart("node", "ledger", home=where).stdout.count("verified") == 1
+
+
+def test_a_damaged_ledger_is_told_by_its_exit_code_and_rebuilt_on_request(home):
+    where, market = home
+    with sqlite3.connect(where / "node" / "ledger.db") as db:
+        db.execute("UPDATE entry SET delta = '0.01'")
+    db.close()
+    assert said(where, "ledger", code=7)["error"]["code"] == "ledger.damaged"
+    assert said(where, "repair", *market, code=7)["error"]["code"] == "ledger.damaged"
+    rebuilt = said(where, "repair", *market, "--rebuild")
+    assert (rebuilt["entries"], rebuilt["charged_again"]) == (3, 3)
+    assert rebuilt["set_aside"]
+    assert said(where, "repair", *market, "--rebuild", code=2)["error"]["code"] == "usage"
+
+
+def test_repair_never_makes_a_key(home, tmp_path):
+    _, market = home
+    assert "signing key" in said(tmp_path / "fresh", "repair", *market, code=2)["error"]["message"]
+    assert not (tmp_path / "fresh" / "node" / "owner.key").exists()
+
+
+def test_a_home_without_a_ledger_says_so(tmp_path):
+    assert said(tmp_path / "fresh", "ledger", code=3)["error"]["code"] == "not-found"
+    assert said(tmp_path / "fresh", "ledger", "--population", "../x", code=2)["error"]["code"] == "usage"
