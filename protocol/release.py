@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from protocol.codec import decode, domain_tag, encode, format_decimal, parse_decimal, parse_hex, take
+from protocol.codec import decode, domain_tag, encode, format_decimal, parse_decimal, take
 from protocol.errors import FormatError, InvalidSignature, UsageError
 from protocol.privacy import Guarantee, NeighbouringRelation, PrivacyUnit
 from protocol.specification import Specification
@@ -21,8 +21,9 @@ from protocol.specification import Specification
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-MAGIC = domain_tag("release", 1)
+MAGIC = domain_tag("release", 2)
 SIGNATURE_BYTES = 64
+NO_ID, IDS = bytes(32), 5  # the payload begins with owner, previous release, base model, map and adapter, 32 bytes each
 MAX_ENVELOPE_BYTES = 16 << 10
 MAX_ADAPTER_BYTES = 64 << 20
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -79,23 +80,18 @@ class Release:
         specification, adapter = self.specification, self.adapter
         guarantee = specification.guarantee
         metadata: dict[str, Any] = {
-            "adapter": {"digest": adapter.digest.hex(), "guarantee": adapter.guarantee, "size_bytes": adapter.size_bytes}
-            if adapter
-            else {},
-            "base_model": self.base_model.hex(),
+            "adapter": {"guarantee": adapter.guarantee, "size_bytes": adapter.size_bytes} if adapter else {},
             "card": {"licence": self.card.licence, "name": self.card.name, "summary": self.card.summary},
             "delta": format_decimal(guarantee.delta),
             "epsilon": format_decimal(guarantee.epsilon),
-            "map_id": specification.map_id.hex(),
             "noise_variance": specification.noise_variance,
-            "owner": self.owner.hex(),
-            "previous": self.previous.hex(),
             "relation": str(guarantee.relation),
             "release_number": self.release_number,
             "simulated": int(self.simulated),
             "unit": str(guarantee.unit),
         }
-        return encode(MAGIC, metadata, specification.noisy_sums.astype("<i4").tobytes())
+        ids = (self.owner, self.previous or NO_ID, self.base_model, specification.map_id, adapter.digest if adapter else NO_ID)
+        return encode(MAGIC, metadata, b"".join(ids) + specification.noisy_sums.astype("<i4").tobytes())
 
     @cached_property
     def release_id(self) -> bytes:
@@ -133,17 +129,17 @@ def parse_release(body: bytes) -> Release:
     """Return the release of its canonical bytes; raise FormatError for any other encoding."""
     metadata, payload = decode(MAGIC, body)
     fields = {
-        "adapter": dict, "base_model": str, "card": dict, "delta": str, "epsilon": str, "map_id": str, "noise_variance": int,
-        "owner": str, "previous": str, "relation": str, "release_number": int, "simulated": int, "unit": str,
+        "adapter": dict, "card": dict, "delta": str, "epsilon": str, "noise_variance": int, "relation": str, "release_number": int,
+        "simulated": int, "unit": str,
     }  # fmt: skip
-    (adapter, base_model, card, delta, epsilon, map_id, variance, owner, previous, relation, number, simulated, unit) = take(
-        metadata, fields, "release"
-    )
+    adapter, card, delta, epsilon, variance, relation, number, simulated, unit = take(metadata, fields, "release")
+    ids, payload = payload[: IDS * len(NO_ID)], payload[IDS * len(NO_ID) :]
     if len(payload) % 4 or not 8 <= len(payload) <= 4 * 4097:
-        raise FormatError(f"release: expected 2 to 4097 int32 sums, got {len(payload)} bytes")
+        raise FormatError(f"release: expected {IDS} ids and 2 to 4097 int32 sums, got {len(ids) + len(payload)} bytes")
+    owner, previous, base_model, map_id, digest = (ids[start : start + len(NO_ID)] for start in range(0, len(ids), len(NO_ID)))
     if not 1 <= number < 1 << 53 or simulated not in (0, 1):
         raise FormatError("release: release_number or simulated out of range")
-    if (number == 1) != (previous == ""):
+    if (number == 1) != (previous == NO_ID):
         raise FormatError("release.previous: expected the previous release's id, empty for release 1 only")
     try:
         guarantee = Guarantee(
@@ -158,13 +154,12 @@ def parse_release(body: bytes) -> Release:
         raise FormatError(f"release: {text}") from None
     reference = None
     if adapter:
-        digest, size_bytes, promise = take(adapter, {"digest": str, "size_bytes": int, "guarantee": str}, "release.adapter")
-        reference = AdapterReference(parse_hex(digest, 32, "release.adapter.digest"), size_bytes, promise)
+        size_bytes, promise = take(adapter, {"size_bytes": int, "guarantee": str}, "release.adapter")
+        reference = AdapterReference(digest, size_bytes, promise)
     sums = np.frombuffer(payload, "<i4").astype(np.int32)
     release = Release(
-        parse_hex(owner, 32, "release.owner"), number, parse_hex(previous, 32 if previous else 0, "release.previous"),
-        parse_hex(base_model, 32, "release.base_model"),
-        Specification(parse_hex(map_id, 32, "release.map_id"), sums, variance, guarantee), reference, card_value, bool(simulated),
+        owner, number, b"" if previous == NO_ID else previous, base_model,
+        Specification(map_id, sums, variance, guarantee), reference, card_value, bool(simulated),
     )  # fmt: skip
     if release.body != body:  # whatever slipped through above: only the canonical bytes are a release
         raise FormatError("release: not in canonical form")

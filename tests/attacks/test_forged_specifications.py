@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from protocol.admission import AdmissionPolicy, admit
-from protocol.catalogue import Columns
+from protocol.catalogue import centred_means, columns_of
 from protocol.errors import FormatError, NotAdmitted
-from protocol.features import CENTRE_SCALE, FeatureMap, ScoringConstants, View, default_map
+from protocol.features import CENTRE_SCALE, EmbeddingKind, FeatureMap, ScoringConstants, View, default_map
 from protocol.privacy import Guarantee, noise_variance
 from protocol.scoring import Sketch, Verdict, score, verdict_of
 from protocol.specification import COUNT_STEP, FEATURE_SCALE, NORM_SQUARED, Specification
@@ -31,9 +31,11 @@ POLICY = AdmissionPolicy()
 def map_with(centre: np.ndarray) -> FeatureMap:
     half = np.zeros(D // 2, np.float32)
     view = View(half, half + 1, half, np.eye(D // 2, dtype=np.float32))
-    constants = ScoringConstants(BETWEEN, WITHIN, default_map().full.threshold)
+    shipped = default_map().full
+    norm = BETWEEN * D + float(centre @ centre)
+    constants = ScoringConstants(BETWEEN, WITHIN, norm, 0.4 * norm, 1e-3, shipped.related, shipped.threshold)
     grid = np.rint(centre * CENTRE_SCALE).astype(np.int64)
-    return FeatureMap("zoo", "ab" * 32, 6, (60, 40), (view, view), grid, constants, constants, ("public",))
+    return FeatureMap("zoo", "ab" * 32, EmbeddingKind.HIDDEN_STATES, 6, (60, 40), (view, view), grid, constants, constants, ("public",))
 
 
 @dataclass
@@ -163,8 +165,7 @@ class Won:
 
 def won(market: Market, specification: Specification, tasks: np.ndarray) -> Won:
     everybody = [*market.honest, specification]
-    centred = np.stack([one.mean for one in everybody]) - market.feature_map.task_mean
-    columns = Columns(np.array([one.count for one in everybody]), np.array([one.noise_std for one in everybody]), (centred**2).sum(axis=1))
+    centred, columns = centred_means(everybody, market.feature_map), columns_of(everybody, market.feature_map, 2)
     hits = np.zeros(4)
     for task in tasks:
         sketch = market.query(task)
@@ -174,9 +175,7 @@ def won(market: Market, specification: Specification, tasks: np.ndarray) -> Won:
         debiased_mmd = sketch.norm_squared - 2 * products + columns.norms_squared - D * columns.noise_stds**2
         hits[3] += np.argmin(debiased_mmd) == len(everybody) - 1
         if best == len(everybody) - 1:
-            verdict = verdict_of(
-                float(scores.llr[best]), float(scores.distance[best]), float(scores.resolution[best]), market.feature_map, 2
-            )
+            verdict = verdict_of(scores, best, market.feature_map, 2)
             hits[:3] += (1, scores.llr[best] > 0, verdict is Verdict.MATCH)
     return Won(*(hits / len(tasks)))
 
