@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from protocol.catalogue import EMPTY_HEAD, Catalogue, Head, extend_head, open_rows, row_of, verify_head
 from protocol.channel import CALL_TIMEOUT_S, CHUNK_BYTES, connect, error_from_status
-from protocol.encryption import PROFILE
+from protocol.encryption import STD128
 from protocol.errors import FormatError, IncompatibleSpecification, InvalidAdapter, InvalidSignature, NotFound, UsageError
 from protocol.features import FeatureMap
 from protocol.keys import write_durably
@@ -149,7 +149,7 @@ class MarketClient:
         """
 
         def chunks() -> Iterator[Any]:
-            yield pb.MatchChunk(profile=PROFILE, map_id=map_id, catalogue_size=head.size, catalogue_head=head.head)
+            yield pb.MatchChunk(profile=STD128.name, map_id=map_id, catalogue_size=head.size, catalogue_head=head.head)
             for start in range(0, len(query), CHUNK_BYTES):
                 yield pb.MatchChunk(data=query[start : start + CHUNK_BYTES])
 
