@@ -41,11 +41,12 @@ class Matcher:
 
     def warm_up(self) -> None:
         """Compile the kernels now, seconds on a new machine, rather than while the first querier waits."""
-        from protocol.encryption import QUERY_BYTES, EncryptedQuery, MatchPlan
+        from protocol.encryption import EncryptedQuery, MatchPlan
         from protocol.evaluation import EncodedIndex, evaluate
 
         plan = MatchPlan.build(1, self._map.dimension)
-        evaluate(EncodedIndex.build(np.zeros((1, self._map.dimension)), plan), EncryptedQuery.from_bytes(bytes(QUERY_BYTES), plan))
+        query = EncryptedQuery.from_bytes(bytes(plan.parameters.query_bytes), plan)
+        evaluate(EncodedIndex.build(np.zeros((1, self._map.dimension)), plan), query)
 
     def answer(self, size: int, head: bytes, query: bytes) -> Answer:
         """Return the encrypted scores of all releases of the catalogue at (size, head).

@@ -19,7 +19,7 @@ from protocol.admission import AdmissionPolicy, admit
 from protocol.catalogue import row_of, sign_head
 from protocol.channel import CHUNK_BYTES, CODE_KEY
 from protocol.codec import format_decimal
-from protocol.encryption import PROFILE, QUERY_BYTES
+from protocol.encryption import STD128
 from protocol.errors import FormatError, IncompatibleSpecification, QuotaExceeded, UsageError, VeilmartError
 from protocol.features import FeatureMap
 from protocol.release import open_envelope
@@ -256,14 +256,14 @@ class MarketService(MarketServicer):
                     first = chunk
                     self._check_query_header(chunk)
                 data += chunk.data
-                if len(chunk.data) > CHUNK_BYTES or len(data) > QUERY_BYTES:
-                    raise FormatError(f"query: expected {QUERY_BYTES} bytes in chunks of at most {CHUNK_BYTES}, got more")
-        if first is None or len(data) != QUERY_BYTES:
-            raise FormatError(f"query: expected {QUERY_BYTES} bytes, got {len(data)}")
+                if len(chunk.data) > CHUNK_BYTES or len(data) > STD128.query_bytes:
+                    raise FormatError(f"query: expected {STD128.query_bytes} bytes in chunks of at most {CHUNK_BYTES}, got more")
+        if first is None or len(data) != STD128.query_bytes:
+            raise FormatError(f"query: expected {STD128.query_bytes} bytes, got {len(data)}")
         return first, bytes(data)
 
     def _check_query_header(self, first: pb.MatchChunk) -> None:
-        if first.profile != PROFILE:
-            raise IncompatibleSpecification(f"profile: this market evaluates {PROFILE}")
+        if first.profile != STD128.name:
+            raise IncompatibleSpecification(f"profile: this market evaluates {STD128.name}")
         if first.map_id != self._map.map_id:
             raise IncompatibleSpecification(f"map: expected {self._map.map_id.hex()[:16]}, got {bytes(first.map_id).hex()[:16]}")

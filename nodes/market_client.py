@@ -14,7 +14,7 @@ from protocol.admission import AdmissionPolicy, admit
 from protocol.catalogue import EMPTY_HEAD, Catalogue, Head, extend_head, open_rows, row_of, verify_head
 from protocol.channel import CALL_TIMEOUT_S, CHUNK_BYTES, connect, error_from_status
 from protocol.codec import parse_decimal
-from protocol.encryption import PROFILE
+from protocol.encryption import STD128
 from protocol.errors import (
     FormatError,
     IncompatibleSpecification,
@@ -162,7 +162,7 @@ class MarketClient:
         """
 
         def chunks() -> Iterator[Any]:
-            yield pb.MatchChunk(profile=PROFILE, map_id=map_id, catalogue_size=head.size, catalogue_head=head.head)
+            yield pb.MatchChunk(profile=STD128.name, map_id=map_id, catalogue_size=head.size, catalogue_head=head.head)
             for start in range(0, len(query), CHUNK_BYTES):
                 yield pb.MatchChunk(data=query[start : start + CHUNK_BYTES])
 

@@ -70,7 +70,7 @@ def find_encrypted(sketch: Sketch, client: MarketClient, feature_map: FeatureMap
 
     A release that is published between sync and query makes the catalogue stale; then both are done again.
     """
-    from protocol.encryption import EncryptedScores, MatchPlan, QueryKey
+    from protocol.encryption import MatchPlan, QueryKey
 
     for _ in range(STALE_RETRIES):
         catalogue = client.sync(feature_map)
@@ -85,18 +85,18 @@ def find_encrypted(sketch: Sketch, client: MarketClient, feature_map: FeatureMap
             continue
         # Rows hold both views whatever the query; its own zeros leave out the second.
         norms = np.sqrt(np.maximum(catalogue.columns(len(VIEWS)).norms_squared, 0.0))
-        products = key.decrypt(EncryptedScores.from_bytes(answer, plan), norms)
+        products = key.decrypt(answer, norms)
         return _ranked(products, catalogue, sketch, server_cpu_ms)
     raise StaleCatalogue("catalogue: it changed during each of several queries", hint="try again in a moment")
 
 
 def prices(catalogue: Catalogue) -> dict[str, int]:
     """Return the bytes that either way of matching moves for a catalogue of this size, nothing known beforehand."""
-    from protocol.encryption import QUERY_BYTES, MatchPlan
+    from protocol.encryption import STD128, MatchPlan
 
     size = catalogue.head.size
     rows = sum(ROW.itemsize + len(name) for name in catalogue.names)
-    encrypted = QUERY_BYTES + MatchPlan.build(size, catalogue.feature_map.dimension).answer_bytes if size else 0
+    encrypted = STD128.query_bytes + MatchPlan.build(size, catalogue.feature_map.dimension).answer_bytes if size else 0
     return {"mirror": size * TYPICAL_ENVELOPE_BYTES, "encrypted": rows + encrypted}
 
 

@@ -7,18 +7,24 @@ answer.  No control flow depends on a ciphertext.  This module never imports ten
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.encryption import DATA_PRIME, DEGREE, PROFILE, ROW_SCALE, SLOTS, SPECIAL_PRIME, EncryptedQuery, EncryptedScores, MatchPlan
+from protocol.encryption import EncryptedQuery, EncryptedScores, MatchPlan, OpenedQuery
 from protocol.errors import FormatError, IncompatibleSpecification
 
 if TYPE_CHECKING:
     from protocol.hazmat.ring import SwitchRing
+
+# Speed only: no result depends on these.
+_TILES_AT_ONCE = 8  # share one pass over a part of the baby steps, which then stays in the second-level cache
+_PARTS_BYTES = 1 << 23
+_PASSES = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,7 +32,7 @@ class EncodedTile:
     """Up to 2 * capacity rows as plaintext polynomials; never changed once made, so that indices may share it."""
 
     digest: bytes  # SHA-256 of the layout and of the rows
-    diagonals: NDArray[np.uint64]  # (DEGREE / BLOCK, giant, baby, BLOCK), NTT order, read-only
+    diagonals: NDArray[np.uint64]  # (degree / BLOCK, giant, baby, BLOCK), NTT order, read-only
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,33 +64,93 @@ class EncodedIndex:
         return cls(plan, tuple(tiles))
 
 
-def evaluate(index: EncodedIndex, query: EncryptedQuery) -> EncryptedScores:
-    """Return the encrypted cosines of the query with every row.  Deterministic, thread-safe, free of the GIL in its kernels.
+def evaluate(index: EncodedIndex, query: EncryptedQuery, threads: int = 1) -> EncryptedScores:
+    """Return the encrypted cosines of the query with every row; see `evaluate_many`."""
+    return evaluate_many(index, [query], threads)[0]
 
-    Raises IncompatibleSpecification if the query was made for another plan: for a catalogue of another size, say.
+
+def evaluate_many(index: EncodedIndex, queries: Sequence[EncryptedQuery], threads: int = 1) -> list[EncryptedScores]:
+    """Return the encrypted cosines of each query with every row.  Deterministic, thread-safe, free of the GIL in its kernels.
+
+    All queries share one read of the tiles from memory, which is most of the time in a large catalogue.  Each takes 64 kB of memory for a
+    baby step at degree 4096.
+    Raises IncompatibleSpecification if a query was made for another plan: for a catalogue of another size, say.
     """
-    from protocol.hazmat.ring import automorphism, baby_steps, giant_steps, multiply_accumulate
-
     plan = index.plan
-    if query.plan != plan:
-        raise IncompatibleSpecification(
-            f"query: expected one for {plan.rows} rows of {plan.dimension} coordinates, "
-            f"got one for {query.plan.rows} of {query.plan.dimension}: synchronise the catalogue and ask again"
-        )
-    ring = _switch_ring()
-    by_one, by_baby = (automorphism(DEGREE, element) for element in plan.galois_elements)
-    steps = baby_steps(query.ciphertext, by_one, query.keys[0], ring, plan.baby)
-    answer = np.empty((plan.tiles, 2, DEGREE), np.uint64)
-    for out, tile in zip(answer, index.tiles, strict=True):
-        parts = multiply_accumulate(steps, tile.diagonals, ring.data)
-        out[:] = giant_steps(parts, by_baby, query.keys[1], ring)
-    return EncryptedScores(plan, answer)
+    for query in queries:
+        if query.plan != plan:
+            raise IncompatibleSpecification(
+                f"query: expected one for {plan.rows} rows of {plan.dimension} coordinates under {plan.parameters.name}, got one for "
+                f"{query.plan.rows} of {query.plan.dimension} under {query.plan.parameters.name}: synchronise the catalogue and ask again"
+            )
+    opened = [query.opened() for query in queries]
+    if not opened:
+        return []
+    return [EncryptedScores.pack(plan, coefficients) for coefficients in inner_products(index, opened, threads)]
 
 
-def _switch_ring() -> SwitchRing:
+def inner_products(index: EncodedIndex, queries: Sequence[OpenedQuery], threads: int = 1) -> NDArray[np.uint64]:
+    """Return the truncated coefficients of all answers, (queries, tiles, 2, degree); the queries were made for this index."""
+    plan, steps = index.plan, _baby_steps(index.plan, queries, threads)
+    answers = np.empty((len(queries), plan.tiles, 2, plan.parameters.degree), np.uint64)
+    shares = np.array_split(np.arange(plan.tiles), min(threads, plan.tiles))
+    if len(shares) == 1:
+        _answer_tiles(index, queries, steps, shares[0], answers)
+    else:
+        with ThreadPoolExecutor(len(shares)) as pool:
+            list(pool.map(lambda share: _answer_tiles(index, queries, steps, share, answers), shares))
+    return answers
+
+
+def _baby_steps(plan: MatchPlan, queries: Sequence[OpenedQuery], threads: int) -> NDArray[np.uint64]:
+    """Return all rotations of all queries, (queries, degree / BLOCK, baby, 2, BLOCK)."""
+    from protocol.hazmat.ring import BLOCK, automorphism, baby_steps
+
+    degree, ring = plan.parameters.degree, _switch_ring(plan)
+    by_one = automorphism(degree, plan.galois_elements[0])
+    steps = np.empty((len(queries), degree // BLOCK, plan.baby, 2, BLOCK), np.uint64)
+
+    def rotate(q: int) -> None:
+        baby_steps(queries[q].ciphertext, by_one, queries[q].keys[0], ring, steps[q])
+
+    if threads == 1 or len(queries) == 1:
+        for q in range(len(queries)):
+            rotate(q)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(rotate, range(len(queries))))
+    return steps
+
+
+def _answer_tiles(
+    index: EncodedIndex, queries: Sequence[OpenedQuery], steps: NDArray[np.uint64], tiles: NDArray[np.int64], answers: NDArray[np.uint64]
+) -> None:
+    """Write the answers for the given tiles, which follow one another."""
+    from protocol.hazmat.ring import automorphism, finish_tiles, multiply_accumulate
+
+    plan, ring = index.plan, _switch_ring(index.plan)
+    parameters = plan.parameters
+    by_baby = automorphism(parameters.degree, plan.galois_elements[1])
+    at_once = max(1, min(_TILES_AT_ONCE, len(tiles), _PARTS_BYTES // (16 * parameters.degree * plan.giant * len(queries))))
+    parts = np.empty((at_once, len(queries), plan.giant, 2, parameters.degree))
+    blocks = steps.shape[1]
+    for start in range(0, len(tiles), at_once):
+        group = tiles[start : start + at_once]
+        passes = _PASSES if len(group) > 1 else 1
+        for i in range(passes):
+            for part, tile in zip(parts, group, strict=False):
+                first, last = blocks * i // passes, blocks * (i + 1) // passes
+                multiply_accumulate(steps, index.tiles[tile].diagonals, ring.data, first, last, part)
+        for q, query in enumerate(queries):
+            for part, tile in zip(parts, group, strict=False):
+                out = answers[q, tile : tile + 1]
+                finish_tiles(part[q : q + 1], by_baby, query.keys[1], ring, parameters.drops, parameters.data_bits, out)
+
+
+def _switch_ring(plan: MatchPlan) -> SwitchRing:
     from protocol.hazmat.ring import switch_ring
 
-    return switch_ring(DEGREE, DATA_PRIME, SPECIAL_PRIME)
+    return switch_ring(plan.parameters.degree, plan.parameters.data_prime, plan.parameters.special_prime)
 
 
 # --- encoding --------------------------------------------------------------------------------------------------------
@@ -92,61 +158,28 @@ def _switch_ring() -> SwitchRing:
 
 def _tile_digest(plan: MatchPlan, rows: NDArray[np.float64]) -> bytes:
     """Return what a tile's polynomials depend on, hashed: layout and rows, but not the number of other rows."""
-    layout = f"{PROFILE} {plan.layout.value} {plan.dimension} {plan.groups} {plan.baby} {len(rows)}\0"
+    layout = f"{plan.parameters.name} {plan.layout.value} {plan.dimension} {plan.groups} {plan.baby} {len(rows)}\0"
     return hashlib.sha256(layout.encode() + rows.astype("<f8").tobytes()).digest()
 
 
 def _tile_encoder(plan: MatchPlan) -> Callable[[NDArray[np.float64]], NDArray[np.uint64]]:
     """Return the function from at most plan.rows_per_tile rows to their diagonals."""
+    from protocol.hazmat.embedding import embedding, encode_diagonals, unit_rows
     from protocol.hazmat.ring import BLOCK
 
-    coordinates, slot = plan.slot_coordinates(), np.arange(SLOTS)
-    position = slot % plan.period
+    parameters = plan.parameters
+    coordinates, position = plan.slot_coordinates(), np.arange(parameters.slots) % plan.period
     # Slots that hold no row read the pair after the last one, which is zero; so do coordinates beyond the dimension.
     pair = np.where(position < plan.capacity, position, plan.capacity)
+    tables, field = embedding(parameters.degree), _switch_ring(plan).data
 
     def encode(rows: NDArray[np.float64]) -> NDArray[np.uint64]:
-        pairs = _unit_pairs(rows, plan)
-        diagonals = np.zeros((DEGREE // BLOCK, plan.giant, plan.baby, BLOCK), np.uint64)
-        for g in range(plan.giant):
-            # The giant step rotates by g * baby after the product: the plaintext is turned the other way beforehand.
-            shifts = range(g * plan.baby, min((g + 1) * plan.baby, plan.width))
-            slots = [np.roll(pairs[pair, np.roll(coordinates, -k)], g * plan.baby) for k in shifts]
-            words = _encode_slots(np.stack(slots)).reshape(len(slots), DEGREE // BLOCK, BLOCK)
-            diagonals[:, g, : len(slots)] = words.transpose(1, 0, 2)
+        first, second = np.zeros((2, plan.capacity + 1, plan.dimension + 1))
+        unit_rows(rows[: plan.capacity], first)
+        unit_rows(rows[plan.capacity :], second)
+        diagonals = np.empty((parameters.degree // BLOCK, plan.giant, plan.baby, BLOCK), np.uint64)
+        encode_diagonals(first, second, pair, coordinates, plan.width, parameters.row_scale, tables, field, diagonals)
         diagonals.setflags(write=False)
         return diagonals
 
     return encode
-
-
-def _unit_pairs(rows: NDArray[np.float64], plan: MatchPlan) -> NDArray[np.complex128]:
-    """Return the directions of two rows as one complex row, (capacity + 1, dimension + 1); what is beyond the rows is zero."""
-    # Dividing by the largest coordinate first keeps the squares of huge and of tiny rows in range.
-    largest = np.abs(rows).max(axis=1, keepdims=True)
-    scaled = np.divide(rows, largest, out=np.zeros_like(rows), where=largest > 0)
-    norms = np.linalg.norm(scaled, axis=1, keepdims=True)
-    units = np.divide(scaled, norms, out=np.zeros_like(rows), where=norms > 0)
-    padded = np.zeros((2 * plan.capacity, plan.dimension))
-    padded[: len(rows)] = units
-    pairs = np.zeros((plan.capacity + 1, plan.dimension + 1), np.complex128)
-    pairs[:-1, :-1] = padded[: plan.capacity] + 1j * padded[plan.capacity :]
-    return pairs
-
-
-def _encode_slots(slots: NDArray[np.complex128]) -> NDArray[np.uint64]:
-    """Return the plaintext polynomials, (k, DEGREE) in NTT order, whose slots are `slots` (k, SLOTS) at ROW_SCALE.
-
-    Slot j is the value at zeta^(3^j), zeta = exp(i pi / DEGREE); its conjugate is the value at the conjugate root, so that the
-    coefficients are real.  One Fourier transform interpolates: coefficient t is the mean of value(zeta^e) zeta^(-e t) over odd e.
-    """
-    from protocol.hazmat.ring import ntt_rows
-
-    root = np.array([(pow(3, j, 2 * DEGREE) - 1) // 2 for j in range(SLOTS)])
-    values = np.empty((len(slots), DEGREE), np.complex128)
-    values[:, root], values[:, DEGREE - 1 - root] = slots, slots.conj()
-    untwist = np.exp(-1j * np.pi * np.arange(DEGREE) / DEGREE) * (ROW_SCALE / DEGREE)
-    coefficients = np.rint((np.fft.fft(values, axis=1) * untwist).real).astype(np.int64)
-    words: NDArray[np.uint64] = np.where(coefficients < 0, coefficients + DATA_PRIME, coefficients).astype(np.uint64)
-    ntt_rows(words, _switch_ring().data)
-    return words

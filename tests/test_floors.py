@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
-    "protocol": {"protocol", "numpy", "cryptography", "grpc", "google", "rfc8785", "numba", "tenseal", "zstandard"},
+    "protocol": {"protocol", "numpy", "cryptography", "grpc", "google", "rfc8785", "numba", "llvmlite", "tenseal", "zstandard"},
     "nodes": {
         "nodes", "protocol", "numpy", "cryptography", "grpc", "typer", "click", "rich", "platformdirs",
         "torch", "transformers", "tokenizers", "peft", "gguf", "safetensors", "flwr", "opacus",

@@ -27,6 +27,8 @@ _MEMORY_DIRECTORY: Final = "/dev/shm"
 _HEADER = struct.Struct("<HBBBBHQ")  # magic, header size, version major and minor, compression, reserved, size with this header
 _MAGIC: Final = 0xA15E
 _STORED, _ZSTANDARD = 0, 2  # compression modes
+_BLAKE2XB: Final = 1  # the generator that a seed is for
+SEED_BYTES: Final = 64
 _PARMS_ID_BYTES: Final = 32
 _SHAPE = struct.Struct("<QQQ")  # of a ciphertext: polynomials, degree, limbs
 _SHAPE_AT: Final = _PARMS_ID_BYTES + 1  # after the parameter id and the NTT flag
@@ -79,29 +81,39 @@ def _stored(body: bytes, like: bytes) -> bytes:
     return _HEADER.pack(magic, header_bytes, major, minor, _STORED, reserved, _HEADER.size + len(body)) + body
 
 
-def ciphertext_words(container: bytes) -> NDArray[np.uint64]:
-    """Return the words of a saved ciphertext as (polynomials, limbs, n)."""
-    body = container_body(container)
+def ciphertext_words(body: bytes) -> NDArray[np.uint64]:
+    """Return the words of a ciphertext's body as (polynomials, limbs, n); it must not be seeded."""
     polynomials, degree, limbs = _SHAPE.unpack_from(body, _SHAPE_AT)
     count = polynomials * degree * limbs
     words = np.frombuffer(body, "<u8", count, len(body) - 8 * count)
     return words.astype(np.uint64).reshape(polynomials, limbs, degree)
 
 
-def galois_key_words(container: bytes, elements: Sequence[int]) -> NDArray[np.uint64]:
-    """Return the saved Galois keys of `elements` in that order, (keys, 2 polynomials, limbs, n)."""
+def seeded_words(body: bytes) -> tuple[NDArray[np.uint64], bytes]:
+    """Return the first polynomial of a seeded ciphertext's body, (limbs, n), and the seed of the second."""
+    polynomials, degree, limbs = _SHAPE.unpack_from(body, _SHAPE_AT)
+    seed_at = len(body) - SEED_BYTES
+    if polynomials != 2 or body[seed_at - 1] != _BLAKE2XB:
+        raise RuntimeError("SEAL saved a seed of unknown form: this tenseal release is not supported")
+    end = seed_at - 1 - _HEADER.size
+    words = np.frombuffer(body, "<u8", degree * limbs, end - 8 * degree * limbs)
+    return words.astype(np.uint64).reshape(limbs, degree), body[seed_at:]
+
+
+def galois_key_bodies(container: bytes) -> dict[int, bytes]:
+    """Return the bodies of saved Galois keys by element: ciphertexts, seeded if the keys were saved as SEAL made them."""
     body = container_body(container)
-    found: dict[int, NDArray[np.uint64]] = {}
+    found: dict[int, bytes] = {}
     (lists,) = struct.unpack_from("<Q", body, _PARMS_ID_BYTES)
     at = _PARMS_ID_BYTES + 8
     for index in range(lists):
         (keys,) = struct.unpack_from("<Q", body, at)
         at += 8
-        for _ in range(keys):  # one for each data prime; these profiles have one
+        for _ in range(keys):  # one for each data prime; these presets have one
             size = _HEADER.unpack_from(body, at)[-1]
-            found[2 * index + 1] = ciphertext_words(body[at : at + size])  # SEAL's list index i holds element 2 i + 1
+            found[2 * index + 1] = container_body(body[at : at + size])  # SEAL's list index i holds element 2 i + 1
             at += size
-    return np.stack([found[element] for element in elements])
+    return found
 
 
 class SealKey:
@@ -125,32 +137,31 @@ class SealKey:
     def __reduce__(self) -> Any:
         raise TypeError("a secret key is neither copied nor pickled")
 
-    def galois_keys(self, elements: Sequence[int]) -> NDArray[np.uint64]:
-        """Return fresh public switching keys for Galois elements, (keys, 2 polynomials, 2 limbs, n)."""
+    def galois_keys(self, elements: Sequence[int]) -> list[tuple[NDArray[np.uint64], bytes]]:
+        """Return a fresh public switching key for each Galois element: its first polynomial, (2 limbs, n), and the seed of the second."""
+        bodies = galois_key_bodies(saved(self._generator.create_galois_keys(list(elements))))
+        return [seeded_words(bodies[element]) for element in elements]
+
+    def encrypt(self, slots: NDArray[np.float64], scale: float) -> tuple[NDArray[np.uint64], bytes]:
+        """Return a fresh symmetric encryption of n / 2 real slots: its first polynomial, (n,), and the seed of the second."""
+        words, seed = seeded_words(container_body(saved(self._encryptor.encrypt_symmetric(self._encoded(slots, scale)))))
+        return words[0], seed
+
+    def _encoded(self, slots: NDArray[np.float64], scale: float) -> Any:
         from tenseal import sealapi
 
-        keys = sealapi.GaloisKeys()
-        self._generator.create_galois_keys(list(elements), keys)
-        return galois_key_words(saved(keys), elements)
-
-    def encrypt(self, slots: NDArray[np.float64], scale: float) -> NDArray[np.uint64]:
-        """Return a fresh symmetric encryption of n / 2 real slots as (2, n)."""
-        return ciphertext_words(self._encrypted(slots, scale))[:, 0]
-
-    def _encrypted(self, slots: NDArray[np.float64], scale: float) -> bytes:
-        from tenseal import sealapi
-
-        plaintext, ciphertext = sealapi.Plaintext(), sealapi.Ciphertext()
+        plaintext = sealapi.Plaintext()
         self._encoder.encode(slots.tolist(), scale, plaintext)  # lists: 1.7 times faster than arrays
-        self._encryptor.encrypt_symmetric(plaintext, ciphertext)
-        return saved(ciphertext)
+        return plaintext
 
     def decrypt(self, ciphertexts: NDArray[np.uint64], scale: float) -> NDArray[np.complex128]:
         """Return the complex slots, (k, n / 2), of checked ciphertexts (k, 2, n) at the given scale."""
         from tenseal import sealapi
 
         # SEAL's own header for a ciphertext of this key, parameter id included; only the scale is another.
-        template = self._encrypted(np.zeros(self._degree // 2), 1.0)
+        blank = sealapi.Ciphertext()
+        self._encryptor.encrypt_symmetric(self._encoded(np.zeros(self._degree // 2), 1.0), blank)
+        template = saved(blank)
         head = bytearray(container_body(template)[: -8 * 2 * self._degree])
         struct.pack_into("<d", head, _SCALE_AT, scale)
         slots = np.empty((len(ciphertexts), self._degree // 2), np.complex128)

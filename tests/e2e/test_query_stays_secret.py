@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from nodes.market_client import MarketClient
 from nodes.query import find_encrypted
-from protocol.encryption import QUERY_BYTES
+from protocol.encryption import STD128
 from protocol.errors import VeilmartError
 from protocol.features import default_map
 from protocol.scoring import sketch_of
@@ -87,12 +87,12 @@ def test_no_coordinate_of_fifty_queries_is_in_the_markets_memory_or_log(tmp_path
     log = (tmp_path / "market" / "market.log").read_text()
     assert len(re.findall("published", log)) == RELEASES
     assert not any(word.tobytes().hex() in log for vector in secrets for word in vector)
-    assert sizes == {QUERY_BYTES}, "every query has the same length"
+    assert sizes == {STD128.query_bytes}, "every query has the same length"
 
 
 def test_a_build_that_logs_queries_is_caught_by_that_scan(tmp_path):
     secret = sketch(77).centred_mean
-    clear = secret.astype("<f8").tobytes() + bytes(QUERY_BYTES - 8 * len(secret))
+    clear = secret.astype("<f8").tobytes() + bytes(STD128.query_bytes - 8 * len(secret))
     with (
         market_process(tmp_path / "market", LOGGING_BUILD) as (started, process),
         MarketClient(started["address"], Path(started["ca"]), tmp_path / "q") as client,

@@ -15,7 +15,7 @@ from protocol.admission import AdmissionPolicy
 from protocol.catalogue import EMPTY_HEAD, open_rows
 from protocol.channel import CHUNK_BYTES, CODE_KEY, connect
 from protocol.codec import canonical_json, domain_tag
-from protocol.encryption import DATA_PRIME, PROFILE, QUERY_BYTES, MatchPlan, QueryKey
+from protocol.encryption import STD128, MatchPlan, QueryKey
 from protocol.errors import VeilmartError
 from protocol.privacy import Guarantee
 from protocol.release import AdapterReference
@@ -163,7 +163,7 @@ def test_an_unknown_adapter_is_not_found(stub, digest):
     )
 
 
-def match(stub, data: bytes, *, head=None, profile=PROFILE, map_id=MAP.map_id, chunk=CHUNK_BYTES):
+def match(stub, data: bytes, *, head=None, profile=STD128.name, map_id=MAP.map_id, chunk=CHUNK_BYTES):
     head = head or described(stub).head
     first = pb.MatchChunk(profile=profile, map_id=map_id, catalogue_size=head.size, catalogue_head=head.head)
     chunks = [first, *(pb.MatchChunk(data=data[i : i + chunk]) for i in range(0, len(data), chunk))]
@@ -181,7 +181,7 @@ def test_an_all_zero_query_is_answered_like_any_other(stub):
 
 
 def above_the_prime(data: bytes) -> bytes:
-    return (DATA_PRIME).to_bytes(8, "little") + data[8:]
+    return STD128.data_prime.to_bytes(7, "little") + data[7:]  # the first word is 50 bits long
 
 
 BAD_QUERIES = {
@@ -190,7 +190,7 @@ BAD_QUERIES = {
     "endless": (lambda data: data * 10, {}, "INVALID_ARGUMENT", "format"),
     "nothing": (lambda data: b"", {}, "INVALID_ARGUMENT", "format"),
     "a value at the prime": (above_the_prime, {}, "INVALID_ARGUMENT", "format"),
-    "all bits set": (lambda data: b"\xff" * QUERY_BYTES, {}, "INVALID_ARGUMENT", "format"),
+    "all bits set": (lambda data: b"\xff" * STD128.query_bytes, {}, "INVALID_ARGUMENT", "format"),
     "another profile": (lambda data: data, {"profile": "std64"}, "FAILED_PRECONDITION", "specification.incompatible"),
     "another map": (lambda data: data, {"map_id": bytes(32)}, "FAILED_PRECONDITION", "specification.incompatible"),
     "a stale catalogue": (lambda data: data, {"head": pb.SignedHead(size=1, head=EMPTY_HEAD)}, "FAILED_PRECONDITION", "catalogue.stale"),
@@ -210,7 +210,7 @@ def test_a_querier_that_disconnects_mid_stream_leaves_the_market_serving(stub):
     _, data = honest_query(stub)
 
     def half():
-        yield pb.MatchChunk(profile=PROFILE, map_id=MAP.map_id, catalogue_size=head.size, catalogue_head=head.head)
+        yield pb.MatchChunk(profile=STD128.name, map_id=MAP.map_id, catalogue_size=head.size, catalogue_head=head.head)
         for _ in range(3):
             yield pb.MatchChunk(data=data[:CHUNK_BYTES])
         raise RuntimeError("the querier's process died")
@@ -252,7 +252,7 @@ def silence():
 def test_a_query_that_stops_coming_is_ended_and_its_place_given_back(stub, silence, monkeypatch):
     _, data = honest_query(stub)
     monkeypatch.setattr(services, "UPLOAD_S", 0.1)
-    first = pb.MatchChunk(profile=PROFILE, map_id=MAP.map_id, data=data[:CHUNK_BYTES])
+    first = pb.MatchChunk(profile=STD128.name, map_id=MAP.map_id, data=data[:CHUNK_BYTES])
     calls = [stub.Match(silence(first), timeout=10) for _ in range(services.QUERIES_AT_ONCE)]
     for call in calls:
         assert refused(lambda call=call: list(call))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -263,7 +263,7 @@ def test_a_query_that_stops_coming_is_ended_and_its_place_given_back(stub, silen
 def test_a_query_beyond_the_last_place_is_refused_at_once(market, silence):
     stub, _ = market
     _, data = honest_query(stub)
-    first = pb.MatchChunk(profile=PROFILE, map_id=MAP.map_id)
+    first = pb.MatchChunk(profile=STD128.name, map_id=MAP.map_id)
     calls = [stub.Match(silence(first), timeout=10) for _ in range(services.QUERIES_AT_ONCE)]
     described(stub)  # the calls above went out first on this connection
     assert refused(lambda: match(stub, data)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "quota")
