@@ -37,7 +37,7 @@ class Matcher:
         self._lock = threading.Lock()
         self._rows: NDArray[np.float64] = np.zeros((0, feature_map.dimension))
         self._index: EncodedIndex | None = None
-        self._head: tuple[int, bytes] = (0, b"")
+        self._head = b""
 
     def warm_up(self) -> None:
         """Compile the kernels now, seconds on a new machine, rather than while the first querier waits."""
@@ -67,13 +67,15 @@ class Matcher:
 
         with self._lock:
             newest = self._store.head()
-            if (size, head) != newest or not size:
-                raise StaleCatalogue(f"catalogue: the query was made for {size} releases, there are {newest[0]}", hint="sync and ask again")
-            if self._head != newest or self._index is None:
+            if (size, head) != (newest.size, newest.digest) or not size:
+                raise StaleCatalogue(
+                    f"catalogue: the query was made for {size} releases, there are {newest.size}", hint="sync and ask again"
+                )
+            if self._head != newest.digest or self._index is None:
                 known = len(self._rows)
-                envelopes = self._store.catalogue(known, size, rows=False)
+                envelopes = self._store.envelopes(known, size)
                 new = centred_means([open_envelope(envelope).specification for envelope in envelopes], self._map)
                 self._rows = np.concatenate([self._rows, new])
                 self._index = EncodedIndex.build(self._rows, MatchPlan.build(size, self._map.dimension), self._index)
-                self._head = newest
+                self._head = newest.digest
             return self._index

@@ -91,8 +91,8 @@ async def serve(
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, stop.set)
             await server.start()
-            size, _ = store.head()
-            ready(Started(f"{shown}:{bound}", identity.ca_file, identity.market_key.public_key().public_bytes_raw(), size))
+            public = identity.market_key.public_key().public_bytes_raw()
+            ready(Started(f"{shown}:{bound}", identity.ca_file, public, store.head().size))
             await stop.wait()
         finally:
             await server.stop(GRACE_S)

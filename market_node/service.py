@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -16,11 +16,11 @@ from market_node.matcher import Matcher
 from market_node.store import AdapterUpload, Store, read_chunks
 from protocol import errors
 from protocol.admission import AdmissionPolicy, admit
-from protocol.catalogue import row_of, sign_head
+from protocol.catalogue import PAGE_SIZE, Head, scalars_of, sign_head
 from protocol.channel import CHUNK_BYTES, CODE_KEY
 from protocol.codec import format_decimal
 from protocol.encryption import STD128
-from protocol.errors import FormatError, IncompatibleSpecification, QuotaExceeded, UsageError, VeilmartError
+from protocol.errors import FormatError, IncompatibleSpecification, QuotaExceeded, StaleCatalogue, UsageError, VeilmartError
 from protocol.features import FeatureMap
 from protocol.release import open_envelope
 from protocol.wire import market_pb2 as pb
@@ -48,6 +48,8 @@ ADAPTER_S = 120.0
 QUERIES_AT_ONCE = 32  # bodies held in memory; more are refused, not queued
 UPLOADS_AT_ONCE = 8
 ENTRIES_A_READ = 256
+ROWS_A_READ = PAGE_SIZE  # together one chunk
+PAGES_A_CALL = 64
 MAX_DEADLINE_S = ADAPTER_S + 5.0
 MAX_DETAILS = 500  # characters; an error may name a field that a stranger chose, and gRPC refuses trailers beyond 8 KiB
 
@@ -123,6 +125,20 @@ def in_chunks(entries: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield chunk
 
 
+def message_of(head: Head) -> pb.SignedHead:
+    """Return a head as it travels."""
+    return pb.SignedHead(
+        size=head.size, head=head.rows, signature=head.signature, terms_size=head.terms_size, terms=head.terms, cards=head.cards
+    )
+
+
+def _reads(pages: Sequence[int], known: int, size: int) -> Iterator[tuple[int, int]]:
+    for page in pages:
+        stop = min((page + 1) * PAGE_SIZE, size)
+        for start in range(max(page * PAGE_SIZE, known), stop, ENTRIES_A_READ):
+            yield start, min(start + ENTRIES_A_READ, stop)
+
+
 class MarketService(MarketServicer):
     """One market over one store and one feature map.  policy: which specifications it takes."""
 
@@ -148,17 +164,16 @@ class MarketService(MarketServicer):
     async def _store_call(self, function: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
         return await asyncio.get_running_loop().run_in_executor(self._storing, functools.partial(function, *args, **kwargs))
 
-    def _signed(self, size: int, head: bytes) -> pb.SignedHead:
-        signed = sign_head(size, head, self._key)
-        return pb.SignedHead(size=signed.size, head=signed.head, signature=signed.signature)
+    def _signed(self, head: Head) -> pb.SignedHead:
+        return message_of(sign_head(head, self._key))
 
     @answering
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.MarketDescription:
         """Say who the market is."""
         del request, context
-        size, head = await self._store_call(self._store.head)
+        head = await self._store_call(self._store.head)
         return pb.MarketDescription(
-            market_key=self._public, map_ids=[self._map.map_id], simulation=self._simulation, head=self._signed(size, head),
+            market_key=self._public, map_ids=[self._map.map_id], simulation=self._simulation, head=self._signed(head),
             admission=pb.Admission(
                 largest_epsilon=format_decimal(self._policy.largest_epsilon),
                 delta="" if self._policy.delta is None else format_decimal(self._policy.delta),
@@ -175,11 +190,11 @@ class MarketService(MarketServicer):
             raise UsageError("release: made with simulated noise, which protects nobody; this market is no simulation")
         if release.base_model.hex() != self._map.base_model:
             raise IncompatibleSpecification(f"base model: expected {self._map.base_model[:16]}, got {release.base_model.hex()[:16]}")
-        row = row_of(release, self._map)
+        scalars = scalars_of(release, self._map)
         admit(release.specification, self._policy)
-        stored = await self._store_call(self._store.append, release, bytes(request.envelope), row)
+        stored = await self._store_call(self._store.append, release, bytes(request.envelope), scalars)
         log.info("published release=%s position=%d size_bytes=%d", release.release_id.hex()[:16], stored.position, len(request.envelope))
-        return pb.Receipt(release_id=release.release_id, index=stored.position, head=self._signed(stored.size, stored.head))
+        return pb.Receipt(release_id=release.release_id, index=stored.position, head=self._signed(stored.head))
 
     @answering
     async def GetRelease(self, request: pb.ReleaseRequest, context: Any) -> pb.Release:
@@ -191,13 +206,36 @@ class MarketService(MarketServicer):
     async def SyncCatalogue(self, request: pb.SyncRequest, context: Any) -> AsyncIterator[pb.CatalogueChunk]:
         """Answer the catalogue from a position on, up to one signed head."""
         del context
-        size, head = await self._store_call(self._store.head)
-        rows = request.form == pb.CATALOGUE_FORM_ROWS
-        for start in range(request.from_index, size, ENTRIES_A_READ):
-            stop = min(start + ENTRIES_A_READ, size)
-            for entries in in_chunks(await self._store_call(self._store.catalogue, start, stop, rows=rows)):
-                yield pb.CatalogueChunk(entries=entries)
-        yield pb.CatalogueChunk(head=self._signed(size, head))
+        head = await self._store_call(self._store.head)
+        if request.form == pb.CATALOGUE_FORM_ROWS:
+            for start in range(request.from_terms, head.terms_size, ENTRIES_A_READ):
+                stop = min(start + ENTRIES_A_READ, head.terms_size)
+                for terms in in_chunks(await self._store_call(self._store.terms, start, stop)):
+                    yield pb.CatalogueChunk(terms=terms)
+            for start in range(request.from_index, head.size, ROWS_A_READ):
+                yield pb.CatalogueChunk(rows=await self._store_call(self._store.rows, start, min(start + ROWS_A_READ, head.size)))
+        else:
+            for start in range(request.from_index, head.size, ENTRIES_A_READ):
+                stop = min(start + ENTRIES_A_READ, head.size)
+                for entries in in_chunks(await self._store_call(self._store.envelopes, start, stop)):
+                    yield pb.CatalogueChunk(entries=entries)
+        yield pb.CatalogueChunk(head=self._signed(head))
+
+    @streaming
+    async def GetCards(self, request: pb.CardsRequest, context: Any) -> AsyncIterator[pb.CardsChunk]:
+        """Answer the digests of all pages of cards, then the pages that were asked for."""
+        del context
+        size, pages = request.catalogue_size, list(request.pages)
+        if size > (await self._store_call(self._store.head)).size:
+            raise StaleCatalogue(f"cards: there is no catalogue of {size} releases yet", hint="sync and ask again")
+        if len(pages) > PAGES_A_CALL or any(page * PAGE_SIZE >= size for page in pages) or pages != sorted(set(pages)):
+            raise FormatError(f"cards: expected at most {PAGES_A_CALL} pages of the catalogue, in ascending order")
+        chains = b"".join(await self._store_call(self._store.page_chains, size))
+        for start in range(0, len(chains), CHUNK_BYTES):
+            yield pb.CardsChunk(digests=chains[start : start + CHUNK_BYTES])
+        for start, stop in _reads(pages, request.from_index, size):
+            for cards in in_chunks(await self._store_call(self._store.cards, start, stop)):
+                yield pb.CardsChunk(data=b"".join(cards))
 
     @answering
     async def UploadAdapter(self, request: AsyncIterator[pb.AdapterChunk], context: Any) -> pb.AdapterStored:

@@ -12,8 +12,19 @@ from typing import Any
 
 from sqlalchemy import Column, Engine, Integer, LargeBinary, MetaData, Table, UniqueConstraint, create_engine, event, insert, select
 
-from protocol.catalogue import EMPTY_HEAD, extend_head
-from protocol.errors import AlreadyPublished, FormatError, InvalidAdapter, NotFound
+from protocol.catalogue import (
+    EMPTY_CATALOGUE,
+    EMPTY_HEAD,
+    PAGE_SIZE,
+    SCALARS_BYTES,
+    Head,
+    Terms,
+    card_of,
+    extend_head,
+    pages_of,
+    root_of_pages,
+)
+from protocol.errors import AlreadyPublished, FormatError, InvalidAdapter, NotFound, UsageError
 from protocol.release import MAX_ADAPTER_BYTES, Release
 
 METADATA = MetaData()
@@ -25,9 +36,21 @@ RELEASES = Table(
     Column("owner", LargeBinary(32), nullable=False),
     Column("release_number", Integer, nullable=False),
     Column("envelope", LargeBinary, nullable=False),
-    Column("row", LargeBinary, nullable=False),
-    Column("head", LargeBinary(32), nullable=False),  # of the catalogue up to and with this row
+    Column("row", LargeBinary(16), nullable=False),
+    Column("card", LargeBinary, nullable=False),
+    # The state of the catalogue up to and with this release: chains over rows, terms and the cards of its page, and the root of all cards.
+    Column("rows_chain", LargeBinary(32), nullable=False),
+    Column("terms_size", Integer, nullable=False),
+    Column("terms_chain", LargeBinary(32), nullable=False),
+    Column("page_chain", LargeBinary(32), nullable=False),
+    Column("cards_root", LargeBinary(32), nullable=False),
     UniqueConstraint("owner", "release_number"),
+)
+TERMS = Table(
+    "terms",
+    METADATA,
+    Column("number", Integer, primary_key=True, autoincrement=False),  # from 0, in the order of first use
+    Column("body", LargeBinary, nullable=False, unique=True),
 )
 
 
@@ -36,8 +59,7 @@ class Stored:
     """Where a release lies, and the catalogue's state that includes it."""
 
     position: int
-    size: int
-    head: bytes
+    head: Head  # not signed
 
 
 class Store:
@@ -58,6 +80,13 @@ class Store:
         engine = create_engine(f"sqlite:///{home / 'market.db'}", hide_parameters=True)  # they would reach the log in an error's text
         event.listen(engine, "connect", _configure)
         event.listen(engine, "begin", _begin)
+        with engine.connect() as db:
+            known = [row[1] for row in db.exec_driver_sql("PRAGMA table_info(release)")]
+        if known and "page_chain" not in known:
+            engine.dispose()
+            raise UsageError(
+                f"{home / 'market.db'}: expected a catalogue of version 2, got an older one", hint="start in a new folder and publish again"
+            )
         METADATA.create_all(engine)
         return cls(engine, adapters)
 
@@ -65,33 +94,52 @@ class Store:
         """Close all connections."""
         self._engine.dispose()
 
-    def append(self, release: Release, envelope: bytes, row: bytes) -> Stored:
+    def append(self, release: Release, envelope: bytes, scalars: bytes) -> Stored:
         """Return where the release lies, in one transaction; the same bytes again change nothing.
 
+        scalars: its row without the number of its terms, which is given here.
         Raises AlreadyPublished if the owner published other bytes under this release number.
         """
+        if len(scalars) != SCALARS_BYTES:
+            raise FormatError(f"row: expected {SCALARS_BYTES} bytes of scalars, got {len(scalars)}")
         with self._writing.begin() as db:
-            size, head = _head(db)
+            head = _head(db)
             known = db.execute(select(RELEASES.c.position).where(RELEASES.c.release_id == release.release_id)).first()
             if known:
-                return Stored(known.position, size, head)
+                return Stored(known.position, head)
             number = db.execute(
                 select(RELEASES.c.position).where(RELEASES.c.owner == release.owner, RELEASES.c.release_number == release.release_number)
             ).first()
             if number:
                 raise AlreadyPublished(f"release {release.release_number} of this owner is published with other bytes")
-            head = extend_head(head, [row])
+            terms, terms_size, terms_chain = Terms.of(release).body, head.terms_size, head.terms
+            entry = db.execute(select(TERMS.c.number).where(TERMS.c.body == terms)).first()
+            if entry is None:
+                db.execute(insert(TERMS).values(number=terms_size, body=terms))
+                terms_size, terms_chain = terms_size + 1, extend_head(terms_chain, [terms])
+            row = scalars + (entry.number if entry else head.terms_size).to_bytes(4, "little")
+            rows_chain, card, pages = extend_head(head.rows, [row]), card_of(release), _page_chains(db, head.size)
+            if head.size % PAGE_SIZE == 0:
+                pages.append(EMPTY_HEAD)
+            pages[-1] = extend_head(pages[-1], [card])
+            root = root_of_pages(pages)
             values = {
-                "position": size, "release_id": release.release_id, "owner": release.owner, "release_number": release.release_number,
-                "envelope": envelope, "row": row, "head": head,
+                "position": head.size, "release_id": release.release_id, "owner": release.owner, "release_number": release.release_number,
+                "envelope": envelope, "row": row, "card": card, "rows_chain": rows_chain, "terms_size": terms_size,
+                "terms_chain": terms_chain, "page_chain": pages[-1], "cards_root": root,
             }  # fmt: skip
             db.execute(insert(RELEASES).values(values))
-        return Stored(size, size + 1, head)
+        return Stored(head.size, Head(head.size + 1, rows_chain, terms_size, terms_chain, root, b""))
 
-    def head(self) -> tuple[int, bytes]:
-        """Return size and head of the catalogue."""
+    def head(self) -> Head:
+        """Return the state of the catalogue, not signed."""
         with self._engine.connect() as db:
             return _head(db)
+
+    def head_at(self, size: int) -> Head:
+        """Return the state of the catalogue when it had `size` releases; raise NotFound for a size it never had."""
+        with self._engine.connect() as db:
+            return _head(db, size)
 
     def envelope(self, release_id: bytes) -> bytes:
         """Return the envelope of a release; raise NotFound."""
@@ -101,9 +149,30 @@ class Store:
             raise NotFound(f"release {release_id.hex()[:16]}: not here")
         return bytes(found.envelope)
 
-    def catalogue(self, start: int, stop: int, *, rows: bool) -> list[bytes]:
-        """Return rows or envelopes of the positions [start, stop) in order."""
-        column = RELEASES.c.row if rows else RELEASES.c.envelope
+    def envelopes(self, start: int, stop: int) -> list[bytes]:
+        """Return the envelopes of the positions [start, stop) in order."""
+        return self._column(RELEASES.c.envelope, start, stop)
+
+    def rows(self, start: int, stop: int) -> bytes:
+        """Return the rows of the positions [start, stop), one after the other."""
+        return b"".join(self._column(RELEASES.c.row, start, stop))
+
+    def cards(self, start: int, stop: int) -> list[bytes]:
+        """Return the cards of the positions [start, stop) in order."""
+        return self._column(RELEASES.c.card, start, stop)
+
+    def terms(self, start: int, stop: int) -> list[bytes]:
+        """Return the terms with the numbers [start, stop) in order."""
+        query = select(TERMS.c.body).where(TERMS.c.number >= start, TERMS.c.number < stop).order_by(TERMS.c.number)
+        with self._engine.connect() as db:
+            return [bytes(value) for (value,) in db.execute(query)]
+
+    def page_chains(self, size: int) -> list[bytes]:
+        """Return the chains of all pages of cards when the catalogue had `size` releases."""
+        with self._engine.connect() as db:
+            return _page_chains(db, size)
+
+    def _column(self, column: Any, start: int, stop: int) -> list[bytes]:
         query = select(column).where(RELEASES.c.position >= start, RELEASES.c.position < stop).order_by(RELEASES.c.position)
         with self._engine.connect() as db:
             return [bytes(value) for (value,) in db.execute(query)]
@@ -183,6 +252,21 @@ def _begin(connection: Any) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _head(db: Any) -> tuple[int, bytes]:
-    last = db.execute(select(RELEASES.c.position, RELEASES.c.head).order_by(RELEASES.c.position.desc()).limit(1)).first()
-    return (last.position + 1, bytes(last.head)) if last else (0, EMPTY_HEAD)
+def _head(db: Any, size: int | None = None) -> Head:
+    state = (RELEASES.c.position, RELEASES.c.rows_chain, RELEASES.c.terms_size, RELEASES.c.terms_chain, RELEASES.c.cards_root)
+    query = select(*state).order_by(RELEASES.c.position.desc()).limit(1)
+    last = db.execute(query if size is None else query.where(RELEASES.c.position == size - 1)).first()
+    if last is None:
+        if size:
+            raise NotFound(f"catalogue: it never had {size} releases")
+        return EMPTY_CATALOGUE
+    return Head(last.position + 1, bytes(last.rows_chain), last.terms_size, bytes(last.terms_chain), bytes(last.cards_root), b"")
+
+
+def _page_chains(db: Any, size: int) -> list[bytes]:
+    ends = [min((page + 1) * PAGE_SIZE, size) - 1 for page in range(pages_of(size))]
+    chains = []
+    for start in range(0, len(ends), 500):  # SQLite takes a bounded number of variables
+        query = select(RELEASES.c.page_chain).where(RELEASES.c.position.in_(ends[start : start + 500])).order_by(RELEASES.c.position)
+        chains += [bytes(value) for (value,) in db.execute(query)]
+    return chains

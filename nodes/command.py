@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from nodes.base_model import BaseModel
     from nodes.finetune import Recipe
     from nodes.guard import Plan
+    from nodes.query import Found
     from protocol.admission import AdmissionPolicy
-    from protocol.catalogue import Catalogue
     from protocol.features import FeatureMap
     from protocol.privacy import PrivacyUnit
-    from protocol.scoring import Ranking
+    from protocol.scoring import Match
 
 
 def default_home() -> Path:
@@ -389,6 +389,13 @@ def find(
     market: MarketAddress,
     ca: Authority,
     mirror: Annotated[bool, typer.Option("--mirror", help="Fetch all specifications and match here: nothing of the task leaves.")] = False,
+    all_cards: Annotated[bool, typer.Option("--all-cards", help="Fetch the names of all releases, not only pages of those shown.")] = False,
+    base_model: Annotated[str, typer.Option("--base-model", metavar="HEX", help="Only releases for this base model (first digits).")] = "",
+    licence: Annotated[str | None, typer.Option("--licence", help="Only adapters under exactly this licence.")] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option("--max-bytes", min=0, help="Only adapters of at most so many bytes, rounded up to powers of two.")
+    ] = None,
+    epsilon_at_most: Annotated[float | None, typer.Option("--epsilon-at-most", help="Only specifications of at most this epsilon.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the price of both ways and what the market saw.")] = False,
     top: Annotated[int, typer.Option("-k", "--top", min=1, help="How many to show.")] = 5,
     base: Base = None,
@@ -401,18 +408,23 @@ def find(
     """
     from nodes import console
     from nodes.market_client import MarketClient
-    from nodes.query import find_encrypted, find_in_mirror, prices, sketch_task
+    from nodes.query import Filters, find_encrypted, find_in_mirror, prices, sketch_task
     from nodes.records import read_records
+    from protocol.catalogue import PAGE_SIZE
     from protocol.features import default_map
     from protocol.scoring import Verdict
 
+    filters = Filters(base_model, licence, max_bytes, epsilon_at_most)
     records, feature_map = read_records(file), default_map()
     with MarketClient(market, ca, home) as client:
         client.describe()  # before the model is loaded: is the market there?
     # No call is open while the texts are read: the time that takes would tell how many there are.
     sketch = sketch_task(records, _open_model(home, base), feature_map)
     with MarketClient(market, ca, home) as client:
-        found = (find_in_mirror if mirror else find_encrypted)(sketch, client, feature_map)
+        if mirror:
+            found = find_in_mirror(sketch, client, feature_map, filters)
+        else:
+            found = find_encrypted(sketch, client, feature_map, filters, top=top, all_cards=all_cards)
         price = prices(found.catalogue)
     shown = found.ranking.matches[:top]
     result: dict[str, Any] = {
@@ -423,10 +435,10 @@ def find(
         "query_size": sketch.size,
         "matches": [
             {
-                "id": match.release_id.hex(), "title": found.name_of(match.release_id), "rank": match.rank, "score": match.llr,
+                "id": match.release_id.hex(), "title": found.title_of(match), "rank": match.rank, "score": match.llr,
                 "std": match.std, "gap_to_next": match.gap_to_next if match.rank < len(found.ranking.matches) else None, "tie": match.tie,
                 "distance": match.distance, "separation": match.separation, "resolution": match.resolution,
-                "unit": str(found.catalogue.unit_of(found.catalogue.release_ids.index(match.release_id))),
+                **_terms(found, match),
             }
             for match in shown
         ],
@@ -442,8 +454,7 @@ def find(
         rows = []
         for match in shown:
             gap = "-" if match.rank == len(found.ranking.matches) else f"{match.gap_to_next:.1f} {'a tie' if match.tie else 'clear'}"
-            name = found.name_of(match.release_id)
-            unit = str(found.catalogue.unit_of(found.catalogue.release_ids.index(match.release_id)))
+            name, unit = found.title_of(match), str(found.catalogue.unit_of(found.position_of(match)))
             rows.append([str(match.rank), name, f"{match.llr:.1f}", f"{match.std:.1f}", gap, f"{match.distance:.2f}", unit])
         console.print_table(["#", "learnware", "score", "± noise", "gap to next", "distance", "unit"], rows)
         if explain:
@@ -451,13 +462,16 @@ def find(
             console.say(
                 f"bytes from nothing: mirror {price['mirror']}, encrypted {price['encrypted']} with the catalogue; cheaper: {cheaper}"
             )
-            seen = "that somebody fetched the catalogue" if mirror else "one ciphertext, its size, the time"
-            console.say(f"the market saw: {seen}.  It did not see your text, your sketch or these scores.")
+            pages = (
+                "" if mirror or all_cards or found.catalogue.head.size <= PAGE_SIZE else f", which pages of {PAGE_SIZE} names were fetched"
+            )
+            seen = "that somebody fetched the catalogue" if mirror else f"one ciphertext, its size, the time{pages}"
+            console.say(f"the market saw: {seen}.  It did not see your text, your sketch, your filters or these scores.")
         if matched and shown:
-            console.say(f'next: veilmart ask -m {found.name_of(shown[0].release_id)} "..."')
+            console.say(f'next: veilmart ask -m {found.title_of(shown[0])} "..."')
     if not matched:
         if not (as_json or quiet):
-            console.say(_why_not(found.ranking, found.catalogue, sketch.size, sketch.views))
+            console.say(_why_not(found, sketch.size, sketch.views))
         raise typer.Exit(NotFound.exit_code)
 
 
@@ -642,11 +656,22 @@ def _print(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
         console.print_lines(*lines)
 
 
-def _why_not(ranking: Ranking, catalogue: Catalogue, query_size: int, views: int) -> str:
+def _terms(found: Found, match: Match) -> dict[str, Any]:
+    terms = found.catalogue.terms_of(found.position_of(match))
+    guarantee = terms.guarantee
+    return {
+        "unit": str(guarantee.unit), "epsilon": guarantee.epsilon, "delta": guarantee.delta, "licence": terms.licence,
+        "base_model": terms.base_model.hex(), "adapter_size_class": terms.adapter_class,
+        "adapter_guarantee": terms.adapter_guarantee or None,
+    }  # fmt: skip
+
+
+def _why_not(found: Found, query_size: int, views: int) -> str:
     from protocol.scoring import MAX_QUERY_SIZE, Verdict
 
+    ranking = found.ranking
     if not ranking.matches:
-        return "no suitable learnware: this market is empty"
+        return "no suitable learnware: this market has none" + (" that the filters let pass" if found.catalogue.head.size else "")
     if ranking.verdict is Verdict.NONE:
         return "no suitable learnware: the best one is another task than yours; the base model is likely as good"
     best = ranking.matches[0]
@@ -659,7 +684,7 @@ def _why_not(ranking: Ranking, catalogue: Catalogue, query_size: int, views: int
         return "cannot tell: prompts alone do not tell tasks apart that share their prompts; add responses to the texts"
     if query_size < MAX_QUERY_SIZE:
         return f"cannot tell: {query_size} texts say too little about your task; give at least {MAX_QUERY_SIZE}"
-    count = catalogue.columns(1).counts[catalogue.release_ids.index(best.release_id)]
+    count = found.catalogue.columns(1).counts[found.position_of(best)]
     # The test's resolution is governed by the noise variance of the mean, which falls with the square of the number of records.
     return (
         f"cannot tell: from about {count:.0f} records at this epsilon the noise hides the difference between related tasks; "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nodes.market_client import MarketClient, find_release_id
 from protocol.admission import admit
-from protocol.catalogue import label_of, row_of
+from protocol.catalogue import SCALARS_BYTES, Terms, card_of, scalars_of
 from protocol.errors import FormatError, InvalidAdapter, NotFound, UsageError
 from protocol.features import FeatureMap
 from protocol.keys import write_durably
@@ -45,13 +45,18 @@ def pull_learnware(
     """Fetch a learnware, check it completely, then store it; nothing is stored if any check fails."""
     from nodes.adapter import Adapter
 
-    catalogue = client.sync(feature_map)
-    release_id = find_release_id(text, catalogue)
+    catalogue = client.with_kept_cards(client.sync(feature_map))
+    try:
+        release_id = find_release_id(text if "@" in text else "?", catalogue)  # a name alone may stand on another page again
+    except NotFound:
+        catalogue = client.sync(feature_map, all_cards=True)
+        release_id = find_release_id(text, catalogue)
     envelope = client.release(release_id)
     release = open_envelope(envelope)
     admit(release.specification, client.describe().admission)
     at = catalogue.release_ids.index(release_id)
-    if row_of(release, feature_map) != catalogue.rows[at].tobytes() + label_of(catalogue.names[at], catalogue.unit_of(at)):
+    ranked_by = catalogue.rows[at].tobytes()[:SCALARS_BYTES], catalogue.terms_of(at).body, catalogue.card(at).body
+    if (scalars_of(release, feature_map), Terms.of(release).body, card_of(release)) != ranked_by:
         raise FormatError("catalogue: the row that ranked this release is not its own; the market signed a wrong one")
     folder = _folder(home) / release_id.hex()
     if release.adapter is not None:

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from protocol.admission import AdmissionPolicy, admit
-from protocol.catalogue import EMPTY_HEAD, Catalogue, Head, extend_head, open_rows, row_of, verify_head
+from protocol.catalogue import (
+    EMPTY_HEAD,
+    PAGE_SIZE,
+    ROW,
+    Catalogue,
+    Head,
+    extend_head,
+    open_cards,
+    open_mirror,
+    open_rows,
+    pages_of,
+    root_of_pages,
+    split_cards,
+    verify_head,
+)
 from protocol.channel import CALL_TIMEOUT_S, CHUNK_BYTES, connect, error_from_status
 from protocol.codec import parse_decimal
 from protocol.encryption import STD128
@@ -32,6 +48,7 @@ from protocol.wire.market_pb2_grpc import MarketStub
 
 TRANSFER_TIMEOUT_S = 120.0
 MAX_CATALOGUE_BYTES = 1 << 30  # a hostile market could otherwise fill the memory before it shows a signed size
+PAGES_A_CALL = 64
 Answer = TypeVar("Answer")
 
 
@@ -162,7 +179,7 @@ class MarketClient:
         """
 
         def chunks() -> Iterator[Any]:
-            yield pb.MatchChunk(profile=STD128.name, map_id=map_id, catalogue_size=head.size, catalogue_head=head.head)
+            yield pb.MatchChunk(profile=STD128.name, map_id=map_id, catalogue_size=head.size, catalogue_head=head.digest)
             for start in range(0, len(query), CHUNK_BYTES):
                 yield pb.MatchChunk(data=query[start : start + CHUNK_BYTES])
 
@@ -180,19 +197,74 @@ class MarketClient:
         self.traffic.count("query", len(query), len(answer))
         return bytes(answer), cpu_ns / 1e6
 
-    def sync(self, feature_map: FeatureMap) -> Catalogue:
-        """Return the public scalars of all releases, fetching only what is new since the last time."""
+    def sync(self, feature_map: FeatureMap, *, all_cards: bool = False) -> Catalogue:
+        """Return the public scalars of all releases, fetching only what is new since the last time: 16 bytes a release.
+
+        Cards come with a catalogue of one page, and with a larger one if all were asked for; else `with_cards` fetches those that are
+        shown.
+        """
         description = self._accepting(feature_map)
-        path = self._folder(description) / "rows"
-        known = _read_entries(path)
-        entries, head = self._fetch(pb.CATALOGUE_FORM_ROWS, len(known))
-        catalogue = open_rows(feature_map, known, entries, head, description.market_key)
-        if entries:
-            _write_entries(path, [*known, *entries])
+        folder = self._folder(description)
+        rows, terms = b"".join(_read_entries(folder / "rows")), _read_entries(folder / "terms")
+        used = np.frombuffer(rows, ROW)["terms"].max(initial=0) + 1 if rows and len(rows) % ROW.itemsize == 0 else 0
+        if used != len(terms):  # a process was stopped between two files, or one was damaged: both can be fetched again
+            rows, terms = b"", []
+        news = self._fetch(pb.CATALOGUE_FORM_ROWS, len(rows) // ROW.itemsize, len(terms))
+        rows, terms = rows + news.rows, [*terms, *news.terms]
+        catalogue = open_rows(feature_map, rows, terms, news.head, description.market_key)
+        everything = all_cards or len(catalogue) <= PAGE_SIZE
+        catalogue = self._cards(folder, catalogue, range(pages_of(len(catalogue)))) if everything else catalogue
+        if news.rows:
+            _write_entries(folder / "rows", [rows])
+        if news.terms:
+            _write_entries(folder / "terms", terms)
+        return catalogue
+
+    def with_cards(self, catalogue: Catalogue, positions: Iterable[int]) -> Catalogue:
+        """Return the catalogue with ids and names of the releases at these positions.
+
+        Whole pages of PAGE_SIZE are fetched, so the market learns that one of so many is of interest, and not which.
+        """
+        wanted = sorted({position // PAGE_SIZE for position in positions if position not in catalogue.cards})
+        return self._cards(self._folder(self._accepting(catalogue.feature_map)), catalogue, wanted) if wanted else catalogue
+
+    def with_kept_cards(self, catalogue: Catalogue) -> Catalogue:
+        """Return the catalogue with the cards of all pages that were fetched before."""
+        folder = self._folder(self._accepting(catalogue.feature_map))
+        size = len(catalogue)
+        complete = [page for page in range(pages_of(size)) if not _kept_page(folder, page, size)[1]]
+        return self._cards(folder, catalogue, complete) if complete else catalogue
+
+    def _cards(self, folder: Path, catalogue: Catalogue, pages: Sequence[int]) -> Catalogue:
+        """Return the catalogue with the cards of these pages, fetched where they are not kept here."""
+        size, news = len(catalogue), False
+        chains = _read_entries(folder / "pages")
+        if len(chains) != pages_of(size) or root_of_pages(chains) != catalogue.head.cards:
+            chains, _ = self._fetch_cards(size, [], 0)
+            news = bool(chains)
+        for start in range(0, len(pages), PAGES_A_CALL):
+            part = {page: _kept_page(folder, page, size) for page in pages[start : start + PAGES_A_CALL]}
+            missing = [page for page, (_, lacking) in part.items() if lacking]
+            if missing:
+                # The first cards of a page that grew are here.  A single page only is continued: what was fetched before is no secret then.
+                first = missing[0] * PAGE_SIZE + len(part[missing[0]][0]) if len(missing) == 1 else 0
+                _, data = self._fetch_cards(size, missing, first)
+                lacking = sum(len(range(max(page * PAGE_SIZE, first), min((page + 1) * PAGE_SIZE, size))) for page in missing)
+                new = split_cards(data, lacking)
+                for page in missing:
+                    known = part[page][0] if first else []
+                    count = min(PAGE_SIZE, size - page * PAGE_SIZE) - len(known)
+                    part[page], new = ([*known, *new[:count]], range(0)), new[count:]
+            catalogue = open_cards(catalogue, chains, {page: cards for page, (cards, _) in part.items()})
+            for page in missing:
+                _write_entries(folder / "cards" / str(page), part[page][0])
+        if news:
+            _write_entries(folder / "pages", chains)
         return catalogue
 
     def mirror(self, feature_map: FeatureMap) -> Mirror:
-        """Return all releases, fetching only what is new; every signature is verified, every row recomputed and admitted again here.
+        """Return all releases, fetching only what is new; every signature is verified, every row, term and card recomputed, every release
+        admitted again here.
 
         A release that breaks the market's own admission policy has no place in a ranking; the others go on.
         """
@@ -205,10 +277,8 @@ class MarketClient:
                 kept.append(position)
         if len(kept) == len(releases):
             return Mirror(catalogue, releases)
-        names, units = tuple(catalogue.names[i] for i in kept), tuple(catalogue.unit_of(i) for i in kept)
-        admitted = Catalogue(feature_map, catalogue.rows[kept], names, catalogue.head, units)
         refused = tuple(release.release_id for i, release in enumerate(releases) if i not in set(kept))
-        return Mirror(admitted, tuple(releases[i] for i in kept), refused)
+        return Mirror(catalogue.only(kept), tuple(releases[i] for i in kept), refused)
 
     def releases_of(self, owner: bytes, feature_map: FeatureMap) -> list[bytes]:
         """Return the envelopes of all releases of one owner, from the whole catalogue: a market that leaves one out breaks its own chain.
@@ -221,15 +291,14 @@ class MarketClient:
     def _releases(self, description: Description, feature_map: FeatureMap) -> tuple[list[bytes], tuple[Release, ...], Catalogue]:
         path = self._folder(description) / "envelopes"
         known = _read_entries(path)
-        entries, head = self._fetch(pb.CATALOGUE_FORM_ENVELOPES, len(known))
-        envelopes = [*known, *entries]
+        news = self._fetch(pb.CATALOGUE_FORM_ENVELOPES, len(known), 0)
+        envelopes = [*known, *news.envelopes]
         releases = tuple(open_envelope(envelope) for envelope in envelopes)
-        rows = [row_of(release, feature_map) for release in releases]
-        seen = _read_entries(path.with_name("rows"))
+        catalogue = open_mirror(feature_map, releases, news.head, description.market_key)
+        rows, seen = catalogue.rows.tobytes(), b"".join(_read_entries(path.with_name("rows")))
         if rows[: len(seen)] != seen[: len(rows)]:
             raise InvalidSignature("catalogue: its releases are not those whose rows were synced before: the market shows two histories")
-        catalogue = open_rows(feature_map, [], rows, head, description.market_key)
-        if entries:
+        if news.envelopes:
             _write_entries(path, envelopes)
         return envelopes, releases, catalogue
 
@@ -245,39 +314,76 @@ class MarketClient:
     def _folder(self, description: Description) -> Path:
         return self._home / description.market_key.hex()[:32]
 
-    def _fetch(self, form: Any, start: int) -> tuple[list[bytes], Head]:
-        def collect() -> tuple[list[bytes], Head]:
-            entries: list[bytes] = []
+    def _fetch(self, form: Any, start: int, terms: int) -> _News:
+        def collect() -> _News:
+            envelopes: list[bytes] = []
+            rows, new_terms = bytearray(), []
             head: Head | None = None
             received = 0
-            for chunk in self._stub.SyncCatalogue(pb.SyncRequest(from_index=start, form=form), timeout=TRANSFER_TIMEOUT_S):
+            request = pb.SyncRequest(from_index=start, form=form, from_terms=terms)
+            for chunk in self._stub.SyncCatalogue(request, timeout=TRANSFER_TIMEOUT_S):
                 received += chunk.ByteSize()
-                entries.extend(chunk.entries)
                 if received > MAX_CATALOGUE_BYTES:
                     raise FormatError(f"catalogue: expected at most {MAX_CATALOGUE_BYTES} bytes of news, got more")
                 if any(len(entry) > MAX_ENVELOPE_BYTES for entry in chunk.entries):
                     raise FormatError("catalogue: an entry is too large")
+                envelopes.extend(chunk.entries)
+                new_terms.extend(chunk.terms)
+                rows += chunk.rows
                 if chunk.HasField("head"):
                     head = _head(chunk.head)
-            self.traffic.count("catalogue", 0, received)
+            self.traffic.count("catalogue", request.ByteSize(), received)
             if head is None:
                 raise FormatError("catalogue: expected a signed head on the last chunk")
             if head.size < start:
                 raise InvalidSignature(
                     f"catalogue: expected at least the {start} releases known here, got {head.size}: the market has gone back in time"
                 )
-            return entries, head
+            return _News(envelopes, bytes(rows), new_terms, head)
 
         return self._call(collect)
+
+    def _fetch_cards(self, size: int, pages: Sequence[int], first: int) -> tuple[list[bytes], bytes]:
+        """Return the chains of all pages, and the cards of these pages from position `first` on."""
+
+        def collect() -> tuple[list[bytes], bytes]:
+            digests, data = bytearray(), bytearray()
+            received, most = 0, 33 * pages_of(size) + len(pages) * PAGE_SIZE * 100 + (1 << 16)
+            request = pb.CardsRequest(catalogue_size=size, pages=pages, from_index=first)
+            for chunk in self._stub.GetCards(request, timeout=TRANSFER_TIMEOUT_S):
+                received += chunk.ByteSize()
+                if received > most:
+                    raise FormatError(f"cards: expected at most {most} bytes, got more")
+                digests += chunk.digests
+                data += chunk.data
+            self.traffic.count("cards", request.ByteSize(), received)
+            return [bytes(digests[start : start + 32]) for start in range(0, len(digests), 32)], bytes(data)
+
+        return self._call(collect)
+
+
+@dataclass(frozen=True, slots=True)
+class _News:
+    envelopes: list[bytes]
+    rows: bytes
+    terms: list[bytes]
+    head: Head
+
+
+def _kept_page(folder: Path, page: int, size: int) -> tuple[list[bytes], range]:
+    """Return the cards of a page that are kept here, none beyond `size`, and the positions of those that are not."""
+    stop = min((page + 1) * PAGE_SIZE, size)
+    cards = _read_entries(folder / "cards" / str(page))[: stop - page * PAGE_SIZE]
+    return cards, range(page * PAGE_SIZE + len(cards), stop)
 
 
 def find_release_id(text: str, catalogue: Catalogue) -> bytes:
     """Return the id that `text` names: NAME@HEX, HEX (at least 8 digits) or a NAME that only one release has."""
     name, _, digits = text.rpartition("@")
     hits = [
-        release_id
-        for release_id, title in zip(catalogue.release_ids, catalogue.names, strict=True)
-        if (name in ("", title) and len(digits) >= 8 and release_id.hex().startswith(digits)) or (not name and digits == title)
+        card.release_id
+        for card in catalogue.cards.values()
+        if (name in ("", card.name) and len(digits) >= 8 and card.release_id.hex().startswith(digits)) or (not name and digits == card.name)
     ]
     if len(hits) == 1:
         return hits[0]
@@ -285,7 +391,7 @@ def find_release_id(text: str, catalogue: Catalogue) -> bytes:
         raise UsageError(
             f"{text}: names {len(hits)} releases", hint="give NAME@ and the first digits of the id, as `veilmart find` prints them"
         )
-    raise NotFound(f"{text}: no such release among the {len(catalogue.names)} of this market", hint="`veilmart find` lists them")
+    raise NotFound(f"{text}: no such release among the {len(catalogue)} of this market", hint="`veilmart find` lists them")
 
 
 def _admission(message: Any) -> AdmissionPolicy:
@@ -300,9 +406,10 @@ def _admission(message: Any) -> AdmissionPolicy:
 
 
 def _head(message: Any) -> Head:
-    if len(message.head) != len(EMPTY_HEAD) or message.size >= 1 << 40:
-        raise FormatError("catalogue head: expected 32 bytes and a plausible size")
-    return Head(int(message.size), bytes(message.head), bytes(message.signature))
+    if any(len(part) != len(EMPTY_HEAD) for part in (message.head, message.terms, message.cards)) or message.size >= 1 << 40:
+        raise FormatError("catalogue head: expected three chains of 32 bytes and a plausible size")
+    chains = bytes(message.head), int(message.terms_size), bytes(message.terms), bytes(message.cards)
+    return Head(int(message.size), *chains, bytes(message.signature))
 
 
 def _read_entries(path: Path) -> list[bytes]:

@@ -11,16 +11,17 @@ from numpy.typing import NDArray
 
 from nodes.market_client import MarketClient, Mirror
 from nodes.records import Prompt, Record
-from protocol.catalogue import ROW, Catalogue, centred_means
-from protocol.errors import StaleCatalogue
+from protocol.catalogue import PAGE_SIZE, ROW, Catalogue, Terms, centred_means
+from protocol.errors import StaleCatalogue, UsageError
 from protocol.features import VIEWS, FeatureMap
-from protocol.scoring import Ranking, Scores, Sketch, rank, score, sketch_of
+from protocol.scoring import Match, Ranking, Scores, Sketch, rank, score, sketch_of
 
 if TYPE_CHECKING:
     from nodes.base_model import BaseModel
 
 STALE_RETRIES = 3
 TYPICAL_ENVELOPE_BYTES = 1_300  # measured on releases of the default map with an adapter
+TYPICAL_CARD_BYTES = 45
 
 
 def views_of(records: Sequence[Record]) -> int:
@@ -39,18 +40,56 @@ def sketch_task(records: Sequence[Record], model: BaseModel, feature_map: Featur
 
 
 @dataclass(frozen=True, slots=True)
+class Filters:
+    """What a querier asks of a release beyond its task.  Applied here, on the terms, so that the market sees nothing of it."""
+
+    base_model: str = ""  # first hexadecimal digits
+    licence: str | None = None
+    largest_adapter: int | None = None  # bytes; an adapter counts as its size rounded up to a power of two
+    largest_epsilon: float | None = None
+
+    def __post_init__(self) -> None:
+        if not set(self.base_model) <= set("0123456789abcdef") or len(self.base_model) > 64:
+            raise UsageError("--base-model: expected the first lower-case hexadecimal digits of its identity")
+
+    def admits(self, terms: Terms) -> bool:
+        """Return whether releases under these terms are wanted."""
+        return (
+            terms.base_model.hex().startswith(self.base_model)
+            and self.licence in (None, terms.licence)
+            and (self.largest_adapter is None or terms.adapter_class <= self.largest_adapter)
+            and (self.largest_epsilon is None or terms.guarantee.epsilon <= self.largest_epsilon)
+        )
+
+    def positions(self, catalogue: Catalogue) -> NDArray[np.intp]:
+        """Return the positions of the releases that are wanted, ascending."""
+        wanted = np.array([self.admits(terms) for terms in catalogue.terms], bool)
+        return np.flatnonzero(wanted[catalogue.rows["terms"]]) if len(catalogue) else np.zeros(0, np.intp)
+
+
+ANY = Filters()
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
-    """A ranking with what it was made from."""
+    """A ranking with what it was made from: scores and catalogue of the releases that the filters left."""
 
     ranking: Ranking
     scores: Scores
     catalogue: Catalogue
     server_cpu_ms: float | None = None  # CPU time of the market's evaluation, as the market tells it
 
+    def position_of(self, match: Match) -> int:
+        """Return where a match stands in the catalogue, whether its card was fetched or not."""
+        return int(np.argsort(-self.scores.llr, kind="stable")[match.rank - 1])
+
+    def title_of(self, match: Match) -> str:
+        """Return the title of a match, NAME@HEX; raise NotFound if its card was not fetched."""
+        return self.catalogue.card(self.position_of(match)).title
+
     def name_of(self, release_id: bytes) -> str:
         """Return the title of a release, NAME@HEX."""
-        position = self.catalogue.release_ids.index(release_id)
-        return f"{self.catalogue.names[position]}@{release_id.hex()[:8]}"
+        return next(card.title for card in self.catalogue.cards.values() if card.release_id == release_id)
 
 
 def mirrored_products(mirror: Mirror, sketch: Sketch) -> NDArray[np.float64]:
@@ -59,23 +98,26 @@ def mirrored_products(mirror: Mirror, sketch: Sketch) -> NDArray[np.float64]:
     return centred_means([release.specification for release in mirror.releases], feature_map) @ sketch.centred_mean
 
 
-def find_in_mirror(sketch: Sketch, client: MarketClient, feature_map: FeatureMap) -> Found:
+def find_in_mirror(sketch: Sketch, client: MarketClient, feature_map: FeatureMap, filters: Filters = ANY) -> Found:
     """Return the ranking computed on the local copy: perfectly private, and cheap below some two thousand releases."""
     mirror = client.mirror(feature_map)
-    return _ranked(mirrored_products(mirror, sketch), mirror.catalogue, sketch)
+    return _ranked(mirrored_products(mirror, sketch), mirror.catalogue, sketch, filters)
 
 
-def find_encrypted(sketch: Sketch, client: MarketClient, feature_map: FeatureMap) -> Found:
+def find_encrypted(
+    sketch: Sketch, client: MarketClient, feature_map: FeatureMap, filters: Filters = ANY, *, top: int = 5, all_cards: bool = False
+) -> Found:
     """Return the ranking of an encrypted query: the market multiplies ciphertext, and only this process can decrypt.
 
-    A release that is published between sync and query makes the catalogue stale; then both are done again.
+    The cards of the best `top` releases come with it, by whole pages, or all of them.
+    A release that is published between sync and query may make the catalogue stale; then both are done again.
     """
     from protocol.encryption import MatchPlan, QueryKey
 
     for _ in range(STALE_RETRIES):
-        catalogue = client.sync(feature_map)
+        catalogue = client.sync(feature_map, all_cards=all_cards)
         if not catalogue.head.size:
-            return _ranked(np.zeros(0), catalogue, sketch)
+            return _ranked(np.zeros(0), catalogue, sketch, filters)
         plan = MatchPlan.build(catalogue.head.size, feature_map.dimension)
         key = QueryKey.fresh(plan)
         query = key.encrypt(sketch.centred_mean).to_bytes()
@@ -86,7 +128,10 @@ def find_encrypted(sketch: Sketch, client: MarketClient, feature_map: FeatureMap
         # Rows hold both views whatever the query; its own zeros leave out the second.
         norms = np.sqrt(np.maximum(catalogue.columns(len(VIEWS)).norms_squared, 0.0))
         products = key.decrypt(answer, norms)
-        return _ranked(products, catalogue, sketch, server_cpu_ms)
+        scores = score(products, catalogue.columns(sketch.views), sketch, feature_map)
+        kept = filters.positions(catalogue)
+        catalogue = client.with_cards(catalogue, kept[np.argsort(-scores.llr[kept], kind="stable")[:top]].tolist())
+        return _ranked(products, catalogue, sketch, filters, server_cpu_ms)
     raise StaleCatalogue("catalogue: it changed during each of several queries", hint="try again in a moment")
 
 
@@ -95,11 +140,18 @@ def prices(catalogue: Catalogue) -> dict[str, int]:
     from protocol.encryption import STD128, MatchPlan
 
     size = catalogue.head.size
-    rows = sum(ROW.itemsize + len(name) for name in catalogue.names)
-    encrypted = STD128.query_bytes + MatchPlan.build(size, catalogue.feature_map.dimension).answer_bytes if size else 0
-    return {"mirror": size * TYPICAL_ENVELOPE_BYTES, "encrypted": rows + encrypted}
+    if not size:
+        return {"mirror": 0, "encrypted": 0}
+    rows = ROW.itemsize * size + sum(len(terms.body) for terms in catalogue.terms)
+    cards = TYPICAL_CARD_BYTES * min(size, PAGE_SIZE)  # one page, as long as the candidates stand on one
+    answer = MatchPlan.build(size, catalogue.feature_map.dimension).answer_bytes
+    return {"mirror": size * TYPICAL_ENVELOPE_BYTES, "encrypted": rows + cards + STD128.query_bytes + answer}
 
 
-def _ranked(products: NDArray[np.float64], catalogue: Catalogue, sketch: Sketch, server_cpu_ms: float | None = None) -> Found:
-    scores = score(products, catalogue.columns(sketch.views), sketch, catalogue.feature_map)
+def _ranked(
+    products: NDArray[np.float64], catalogue: Catalogue, sketch: Sketch, filters: Filters, server_cpu_ms: float | None = None
+) -> Found:
+    kept = filters.positions(catalogue)
+    catalogue = catalogue.only(kept.tolist())
+    scores = score(products[kept], catalogue.columns(sketch.views), sketch, catalogue.feature_map)
     return Found(rank(scores, catalogue, sketch), scores, catalogue, server_cpu_ms)

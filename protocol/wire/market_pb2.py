@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprotocol/wire/market.proto\x12\x0bveilmart.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x9e\x01\n\x11MarketDescription\x12\x12\n\nmarket_key\x18\x01 \x01(\x0c\x12\x0f\n\x07map_ids\x18\x02 \x03(\x0c\x12\x12\n\nsimulation\x18\x03 \x01(\x08\x12%\n\x04head\x18\x04 \x01(\x0b\x32\x17.veilmart.v1.SignedHead\x12)\n\tadmission\x18\x05 \x01(\x0b\x32\x16.veilmart.v1.Admission\"K\n\tAdmission\x12\x17\n\x0flargest_epsilon\x18\x01 \x01(\t\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\t\x12\x16\n\x0esmallest_count\x18\x03 \x01(\r\";\n\nSignedHead\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\"\n\x0ePublishRequest\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"S\n\x07Receipt\x12\x12\n\nrelease_id\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\x04\x12%\n\x04head\x18\x03 \x01(\x0b\x32\x17.veilmart.v1.SignedHead\"K\n\x0bSyncRequest\x12\x12\n\nfrom_index\x18\x01 \x01(\x04\x12(\n\x04\x66orm\x18\x02 \x01(\x0e\x32\x1a.veilmart.v1.CatalogueForm\"H\n\x0e\x43\x61talogueChunk\x12\x0f\n\x07\x65ntries\x18\x01 \x03(\x0c\x12%\n\x04head\x18\x02 \x01(\x0b\x32\x17.veilmart.v1.SignedHead\"$\n\x0eReleaseRequest\x12\x12\n\nrelease_id\x18\x01 \x01(\x0c\"\x1b\n\x07Release\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"@\n\x0c\x41\x64\x61pterChunk\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x1f\n\rAdapterStored\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\" \n\x0e\x41\x64\x61pterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"k\n\nMatchChunk\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12\x0e\n\x06map_id\x18\x02 \x01(\x0c\x12\x16\n\x0e\x63\x61talogue_size\x18\x03 \x01(\x04\x12\x16\n\x0e\x63\x61talogue_head\x18\x04 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"2\n\x0bScoresChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x15\n\rserver_cpu_ns\x18\x02 \x01(\x04*F\n\rCatalogueForm\x12\x17\n\x13\x43\x41TALOGUE_FORM_ROWS\x10\x00\x12\x1c\n\x18\x43\x41TALOGUE_FORM_ENVELOPES\x10\x01\x32\xf2\x03\n\x06Market\x12H\n\x08\x44\x65scribe\x12\x1c.veilmart.v1.DescribeRequest\x1a\x1e.veilmart.v1.MarketDescription\x12<\n\x07Publish\x12\x1b.veilmart.v1.PublishRequest\x1a\x14.veilmart.v1.Receipt\x12H\n\rSyncCatalogue\x12\x18.veilmart.v1.SyncRequest\x1a\x1b.veilmart.v1.CatalogueChunk0\x01\x12?\n\nGetRelease\x12\x1b.veilmart.v1.ReleaseRequest\x1a\x14.veilmart.v1.Release\x12H\n\rUploadAdapter\x12\x19.veilmart.v1.AdapterChunk\x1a\x1a.veilmart.v1.AdapterStored(\x01\x12K\n\x0f\x44ownloadAdapter\x12\x1b.veilmart.v1.AdapterRequest\x1a\x19.veilmart.v1.AdapterChunk0\x01\x12>\n\x05Match\x12\x17.veilmart.v1.MatchChunk\x1a\x18.veilmart.v1.ScoresChunk(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprotocol/wire/market.proto\x12\x0bveilmart.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x9e\x01\n\x11MarketDescription\x12\x12\n\nmarket_key\x18\x01 \x01(\x0c\x12\x0f\n\x07map_ids\x18\x02 \x03(\x0c\x12\x12\n\nsimulation\x18\x03 \x01(\x08\x12%\n\x04head\x18\x04 \x01(\x0b\x32\x17.veilmart.v1.SignedHead\x12)\n\tadmission\x18\x05 \x01(\x0b\x32\x16.veilmart.v1.Admission\"K\n\tAdmission\x12\x17\n\x0flargest_epsilon\x18\x01 \x01(\t\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\t\x12\x16\n\x0esmallest_count\x18\x03 \x01(\r\"m\n\nSignedHead\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x12\x12\n\nterms_size\x18\x04 \x01(\r\x12\r\n\x05terms\x18\x05 \x01(\x0c\x12\r\n\x05\x63\x61rds\x18\x06 \x01(\x0c\"\"\n\x0ePublishRequest\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"S\n\x07Receipt\x12\x12\n\nrelease_id\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\x04\x12%\n\x04head\x18\x03 \x01(\x0b\x32\x17.veilmart.v1.SignedHead\"_\n\x0bSyncRequest\x12\x12\n\nfrom_index\x18\x01 \x01(\x04\x12(\n\x04\x66orm\x18\x02 \x01(\x0e\x32\x1a.veilmart.v1.CatalogueForm\x12\x12\n\nfrom_terms\x18\x03 \x01(\r\"e\n\x0e\x43\x61talogueChunk\x12\x0f\n\x07\x65ntries\x18\x01 \x03(\x0c\x12%\n\x04head\x18\x02 \x01(\x0b\x32\x17.veilmart.v1.SignedHead\x12\x0c\n\x04rows\x18\x03 \x01(\x0c\x12\r\n\x05terms\x18\x04 \x03(\x0c\"I\n\x0c\x43\x61rdsRequest\x12\x16\n\x0e\x63\x61talogue_size\x18\x01 \x01(\x04\x12\r\n\x05pages\x18\x02 \x03(\r\x12\x12\n\nfrom_index\x18\x03 \x01(\x04\"+\n\nCardsChunk\x12\x0f\n\x07\x64igests\x18\x01 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"$\n\x0eReleaseRequest\x12\x12\n\nrelease_id\x18\x01 \x01(\x0c\"\x1b\n\x07Release\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"@\n\x0c\x41\x64\x61pterChunk\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x1f\n\rAdapterStored\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\" \n\x0e\x41\x64\x61pterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"k\n\nMatchChunk\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12\x0e\n\x06map_id\x18\x02 \x01(\x0c\x12\x16\n\x0e\x63\x61talogue_size\x18\x03 \x01(\x04\x12\x16\n\x0e\x63\x61talogue_head\x18\x04 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"2\n\x0bScoresChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x15\n\rserver_cpu_ns\x18\x02 \x01(\x04*F\n\rCatalogueForm\x12\x17\n\x13\x43\x41TALOGUE_FORM_ROWS\x10\x00\x12\x1c\n\x18\x43\x41TALOGUE_FORM_ENVELOPES\x10\x01\x32\xb4\x04\n\x06Market\x12H\n\x08\x44\x65scribe\x12\x1c.veilmart.v1.DescribeRequest\x1a\x1e.veilmart.v1.MarketDescription\x12<\n\x07Publish\x12\x1b.veilmart.v1.PublishRequest\x1a\x14.veilmart.v1.Receipt\x12H\n\rSyncCatalogue\x12\x18.veilmart.v1.SyncRequest\x1a\x1b.veilmart.v1.CatalogueChunk0\x01\x12@\n\x08GetCards\x12\x19.veilmart.v1.CardsRequest\x1a\x17.veilmart.v1.CardsChunk0\x01\x12?\n\nGetRelease\x12\x1b.veilmart.v1.ReleaseRequest\x1a\x14.veilmart.v1.Release\x12H\n\rUploadAdapter\x12\x19.veilmart.v1.AdapterChunk\x1a\x1a.veilmart.v1.AdapterStored(\x01\x12K\n\x0f\x44ownloadAdapter\x12\x1b.veilmart.v1.AdapterRequest\x1a\x19.veilmart.v1.AdapterChunk0\x01\x12>\n\x05Match\x12\x17.veilmart.v1.MatchChunk\x1a\x18.veilmart.v1.ScoresChunk(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protocol.wire.market_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CATALOGUEFORM']._serialized_start=994
-  _globals['_CATALOGUEFORM']._serialized_end=1064
+  _globals['_CATALOGUEFORM']._serialized_start=1213
+  _globals['_CATALOGUEFORM']._serialized_end=1283
   _globals['_DESCRIBEREQUEST']._serialized_start=43
   _globals['_DESCRIBEREQUEST']._serialized_end=60
   _globals['_MARKETDESCRIPTION']._serialized_start=63
@@ -40,29 +40,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADMISSION']._serialized_start=223
   _globals['_ADMISSION']._serialized_end=298
   _globals['_SIGNEDHEAD']._serialized_start=300
-  _globals['_SIGNEDHEAD']._serialized_end=359
-  _globals['_PUBLISHREQUEST']._serialized_start=361
-  _globals['_PUBLISHREQUEST']._serialized_end=395
-  _globals['_RECEIPT']._serialized_start=397
-  _globals['_RECEIPT']._serialized_end=480
-  _globals['_SYNCREQUEST']._serialized_start=482
-  _globals['_SYNCREQUEST']._serialized_end=557
-  _globals['_CATALOGUECHUNK']._serialized_start=559
-  _globals['_CATALOGUECHUNK']._serialized_end=631
-  _globals['_RELEASEREQUEST']._serialized_start=633
-  _globals['_RELEASEREQUEST']._serialized_end=669
-  _globals['_RELEASE']._serialized_start=671
-  _globals['_RELEASE']._serialized_end=698
-  _globals['_ADAPTERCHUNK']._serialized_start=700
-  _globals['_ADAPTERCHUNK']._serialized_end=764
-  _globals['_ADAPTERSTORED']._serialized_start=766
-  _globals['_ADAPTERSTORED']._serialized_end=797
-  _globals['_ADAPTERREQUEST']._serialized_start=799
-  _globals['_ADAPTERREQUEST']._serialized_end=831
-  _globals['_MATCHCHUNK']._serialized_start=833
-  _globals['_MATCHCHUNK']._serialized_end=940
-  _globals['_SCORESCHUNK']._serialized_start=942
-  _globals['_SCORESCHUNK']._serialized_end=992
-  _globals['_MARKET']._serialized_start=1067
-  _globals['_MARKET']._serialized_end=1565
+  _globals['_SIGNEDHEAD']._serialized_end=409
+  _globals['_PUBLISHREQUEST']._serialized_start=411
+  _globals['_PUBLISHREQUEST']._serialized_end=445
+  _globals['_RECEIPT']._serialized_start=447
+  _globals['_RECEIPT']._serialized_end=530
+  _globals['_SYNCREQUEST']._serialized_start=532
+  _globals['_SYNCREQUEST']._serialized_end=627
+  _globals['_CATALOGUECHUNK']._serialized_start=629
+  _globals['_CATALOGUECHUNK']._serialized_end=730
+  _globals['_CARDSREQUEST']._serialized_start=732
+  _globals['_CARDSREQUEST']._serialized_end=805
+  _globals['_CARDSCHUNK']._serialized_start=807
+  _globals['_CARDSCHUNK']._serialized_end=850
+  _globals['_RELEASEREQUEST']._serialized_start=852
+  _globals['_RELEASEREQUEST']._serialized_end=888
+  _globals['_RELEASE']._serialized_start=890
+  _globals['_RELEASE']._serialized_end=917
+  _globals['_ADAPTERCHUNK']._serialized_start=919
+  _globals['_ADAPTERCHUNK']._serialized_end=983
+  _globals['_ADAPTERSTORED']._serialized_start=985
+  _globals['_ADAPTERSTORED']._serialized_end=1016
+  _globals['_ADAPTERREQUEST']._serialized_start=1018
+  _globals['_ADAPTERREQUEST']._serialized_end=1050
+  _globals['_MATCHCHUNK']._serialized_start=1052
+  _globals['_MATCHCHUNK']._serialized_end=1159
+  _globals['_SCORESCHUNK']._serialized_start=1161
+  _globals['_SCORESCHUNK']._serialized_end=1211
+  _globals['_MARKET']._serialized_start=1286
+  _globals['_MARKET']._serialized_end=1850
 # @@protoc_insertion_point(module_scope)

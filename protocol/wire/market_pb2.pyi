@@ -118,20 +118,32 @@ class SignedHead(google.protobuf.message.Message):
     SIZE_FIELD_NUMBER: builtins.int
     HEAD_FIELD_NUMBER: builtins.int
     SIGNATURE_FIELD_NUMBER: builtins.int
+    TERMS_SIZE_FIELD_NUMBER: builtins.int
+    TERMS_FIELD_NUMBER: builtins.int
+    CARDS_FIELD_NUMBER: builtins.int
     size: builtins.int
     """number of releases"""
     head: builtins.bytes
     """SHA-256 chain over the rows, 32 bytes"""
     signature: builtins.bytes
-    """Ed25519 over "veilmart/catalogue/v1\\0" || size || head"""
+    """Ed25519 over "veilmart/catalogue/v2\\0" || size || terms_size (u32) || head || terms || cards"""
+    terms_size: builtins.int
+    """number of terms"""
+    terms: builtins.bytes
+    """SHA-256 chain over the terms, 32 bytes"""
+    cards: builtins.bytes
+    """SHA-256 over the chains of all pages of cards, 32 bytes"""
     def __init__(
         self,
         *,
         size: builtins.int = ...,
         head: builtins.bytes = ...,
         signature: builtins.bytes = ...,
+        terms_size: builtins.int = ...,
+        terms: builtins.bytes = ...,
+        cards: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["head", b"head", "signature", b"signature", "size", b"size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cards", b"cards", "head", b"head", "signature", b"signature", "size", b"size", "terms", b"terms", "terms_size", b"terms_size"]) -> None: ...
 
 Global___SignedHead: typing_extensions.TypeAlias = SignedHead
 
@@ -183,15 +195,19 @@ class SyncRequest(google.protobuf.message.Message):
 
     FROM_INDEX_FIELD_NUMBER: builtins.int
     FORM_FIELD_NUMBER: builtins.int
+    FROM_TERMS_FIELD_NUMBER: builtins.int
     from_index: builtins.int
     form: Global___CatalogueForm.ValueType
+    from_terms: builtins.int
+    """with rows: how many terms are known"""
     def __init__(
         self,
         *,
         from_index: builtins.int = ...,
         form: Global___CatalogueForm.ValueType = ...,
+        from_terms: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["form", b"form", "from_index", b"from_index"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["form", b"form", "from_index", b"from_index", "from_terms", b"from_terms"]) -> None: ...
 
 Global___SyncRequest: typing_extensions.TypeAlias = SyncRequest
 
@@ -201,24 +217,80 @@ class CatalogueChunk(google.protobuf.message.Message):
 
     ENTRIES_FIELD_NUMBER: builtins.int
     HEAD_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
+    TERMS_FIELD_NUMBER: builtins.int
+    rows: builtins.bytes
+    """16 bytes a release, in the order of the catalogue"""
     @property
     def entries(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
-        """rows or envelopes, in the order of the catalogue"""
+        """envelopes, in the order of the catalogue"""
 
     @property
     def head(self) -> Global___SignedHead:
         """on the last chunk only"""
+
+    @property
+    def terms(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """in the order of their first use"""
 
     def __init__(
         self,
         *,
         entries: collections.abc.Iterable[builtins.bytes] | None = ...,
         head: Global___SignedHead | None = ...,
+        rows: builtins.bytes = ...,
+        terms: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["head", b"head"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["entries", b"entries", "head", b"head"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["entries", b"entries", "head", b"head", "rows", b"rows", "terms", b"terms"]) -> None: ...
 
 Global___CatalogueChunk: typing_extensions.TypeAlias = CatalogueChunk
+
+@typing.final
+class CardsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CATALOGUE_SIZE_FIELD_NUMBER: builtins.int
+    PAGES_FIELD_NUMBER: builtins.int
+    FROM_INDEX_FIELD_NUMBER: builtins.int
+    catalogue_size: builtins.int
+    """as of the head that the querier holds"""
+    from_index: builtins.int
+    """cards before it are known"""
+    @property
+    def pages(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """in ascending order; none asks for the digests alone"""
+
+    def __init__(
+        self,
+        *,
+        catalogue_size: builtins.int = ...,
+        pages: collections.abc.Iterable[builtins.int] | None = ...,
+        from_index: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["catalogue_size", b"catalogue_size", "from_index", b"from_index", "pages", b"pages"]) -> None: ...
+
+Global___CardsRequest: typing_extensions.TypeAlias = CardsRequest
+
+@typing.final
+class CardsChunk(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIGESTS_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
+    digests: builtins.bytes
+    """first chunks: the chains of all pages, 32 bytes each"""
+    data: builtins.bytes
+    """then the cards, one after the other: id (32 bytes), length of the name (1 byte), name"""
+    def __init__(
+        self,
+        *,
+        digests: builtins.bytes = ...,
+        data: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "digests", b"digests"]) -> None: ...
+
+Global___CardsChunk: typing_extensions.TypeAlias = CardsChunk
 
 @typing.final
 class ReleaseRequest(google.protobuf.message.Message):

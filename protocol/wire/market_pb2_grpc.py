@@ -49,6 +49,11 @@ class MarketStub(object):
                 request_serializer=protocol_dot_wire_dot_market__pb2.SyncRequest.SerializeToString,
                 response_deserializer=protocol_dot_wire_dot_market__pb2.CatalogueChunk.FromString,
                 _registered_method=True)
+        self.GetCards = channel.unary_stream(
+                '/veilmart.v1.Market/GetCards',
+                request_serializer=protocol_dot_wire_dot_market__pb2.CardsRequest.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_market__pb2.CardsChunk.FromString,
+                _registered_method=True)
         self.GetRelease = channel.unary_unary(
                 '/veilmart.v1.Market/GetRelease',
                 request_serializer=protocol_dot_wire_dot_market__pb2.ReleaseRequest.SerializeToString,
@@ -90,6 +95,13 @@ class MarketServicer(object):
 
     def SyncCatalogue(self, request, context):
         """The releases from one position on, signed by the market as a whole.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCards(self, request, context):
+        """Ids and names, by whole pages of 4096.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -139,6 +151,11 @@ def add_MarketServicer_to_server(servicer, server):
                     servicer.SyncCatalogue,
                     request_deserializer=protocol_dot_wire_dot_market__pb2.SyncRequest.FromString,
                     response_serializer=protocol_dot_wire_dot_market__pb2.CatalogueChunk.SerializeToString,
+            ),
+            'GetCards': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetCards,
+                    request_deserializer=protocol_dot_wire_dot_market__pb2.CardsRequest.FromString,
+                    response_serializer=protocol_dot_wire_dot_market__pb2.CardsChunk.SerializeToString,
             ),
             'GetRelease': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRelease,
@@ -242,6 +259,33 @@ class Market(object):
             '/veilmart.v1.Market/SyncCatalogue',
             protocol_dot_wire_dot_market__pb2.SyncRequest.SerializeToString,
             protocol_dot_wire_dot_market__pb2.CatalogueChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCards(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/veilmart.v1.Market/GetCards',
+            protocol_dot_wire_dot_market__pb2.CardsRequest.SerializeToString,
+            protocol_dot_wire_dot_market__pb2.CardsChunk.FromString,
             options,
             channel_credentials,
             insecure,

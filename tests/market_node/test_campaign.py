@@ -90,7 +90,7 @@ def test_no_answer_of_one_node_ends_the_campaign_of_the_others(tmp_path, market)
         (1004, "refused", "format"), (1005, "refused", "signature"), (1006, "failed", "error 8"), (1007, "refused", "format"),
         (1008, "not available", ""), (1009, "published", ""), (1010, "failed", "error 2"),
     ]  # fmt: skip
-    assert set(store.catalogue(0, 9, rows=False)) == set(good)
+    assert set(store.envelopes(0, 9)) == set(good)
 
 
 def test_an_envelope_is_published_while_another_node_is_still_thinking(tmp_path, market):
@@ -98,7 +98,7 @@ def test_an_envelope_is_published_while_another_node_is_still_thinking(tmp_path,
     seen = []
 
     def late(n):
-        seen.append(market[2].head()[0])
+        seen.append(market[2].head().size)
         return release(b"")
 
     app, count = nodes_that_answer(release(good), late, delays={1: 0.7})

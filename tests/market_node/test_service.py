@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from market_node import service as services
 from market_node.service import STATUSES
 from protocol.admission import AdmissionPolicy
-from protocol.catalogue import EMPTY_HEAD, open_rows
+from protocol.catalogue import EMPTY_HEAD, Head, open_cards, open_rows, split_cards
 from protocol.channel import CHUNK_BYTES, CODE_KEY, connect
 from protocol.codec import canonical_json, domain_tag
 from protocol.encryption import STD128, MatchPlan, QueryKey
@@ -68,12 +68,33 @@ def test_publishing_again_gives_the_same_place(stub):
 def test_the_synced_catalogue_is_the_signed_one(stub):
     description = described(stub)
     chunks = list(stub.SyncCatalogue(pb.SyncRequest(form=pb.CATALOGUE_FORM_ROWS), timeout=10))
-    head = chunks[-1].head
-    from protocol.catalogue import Head
+    rows, terms = b"".join(chunk.rows for chunk in chunks), [terms for chunk in chunks for terms in chunk.terms]
+    head = head_of(chunks[-1].head)
+    catalogue = open_rows(MAP, rows, terms, head, description.market_key)
+    assert len(catalogue) == head.size >= SIZE
+    assert len(rows) == 16 * head.size
+    parts = list(stub.GetCards(pb.CardsRequest(catalogue_size=head.size, pages=[0]), timeout=10))
+    cards = split_cards(b"".join(part.data for part in parts), head.size)
+    assert open_cards(catalogue, [parts[0].digests], {0: cards}).names[:SIZE] == tuple(f"owner-{seed}" for seed in range(SIZE))
 
-    rows = [entry for chunk in chunks for entry in chunk.entries]
-    catalogue = open_rows(MAP, [], rows, Head(head.size, head.head, head.signature), description.market_key)
-    assert len(catalogue.names) == head.size >= SIZE
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [
+        ({"pages": [1]}, "format"),
+        ({"pages": [0, 0]}, "format"),
+        ({"pages": range(65)}, "format"),
+        ({"catalogue_size": 99}, "catalogue.stale"),
+    ],
+)
+def test_cards_that_are_not_there_are_refused(stub, how, code):
+    request = pb.CardsRequest(**{"catalogue_size": SIZE, **how})
+    assert refused(lambda: list(stub.GetCards(request, timeout=10)))[1] == code
+
+
+def head_of(message) -> Head:
+    chains = message.head, message.terms_size, message.terms, message.cards
+    return Head(message.size, *chains, message.signature)
 
 
 def tampered(envelope: bytes) -> bytes:
@@ -165,7 +186,7 @@ def test_an_unknown_adapter_is_not_found(stub, digest):
 
 def match(stub, data: bytes, *, head=None, profile=STD128.name, map_id=MAP.map_id, chunk=CHUNK_BYTES):
     head = head or described(stub).head
-    first = pb.MatchChunk(profile=profile, map_id=map_id, catalogue_size=head.size, catalogue_head=head.head)
+    first = pb.MatchChunk(profile=profile, map_id=map_id, catalogue_size=head.size, catalogue_head=head_of(head).digest)
     chunks = [first, *(pb.MatchChunk(data=data[i : i + chunk]) for i in range(0, len(data), chunk))]
     return b"".join(part.data for part in stub.Match(iter(chunks), timeout=30))
 
@@ -210,7 +231,7 @@ def test_a_querier_that_disconnects_mid_stream_leaves_the_market_serving(stub):
     _, data = honest_query(stub)
 
     def half():
-        yield pb.MatchChunk(profile=STD128.name, map_id=MAP.map_id, catalogue_size=head.size, catalogue_head=head.head)
+        yield pb.MatchChunk(profile=STD128.name, map_id=MAP.map_id, catalogue_size=head.size, catalogue_head=head_of(head).digest)
         for _ in range(3):
             yield pb.MatchChunk(data=data[:CHUNK_BYTES])
         raise RuntimeError("the querier's process died")
@@ -279,10 +300,10 @@ def test_a_call_without_an_end_is_refused(stub, timeout):
 
 
 def test_an_error_keeps_its_own_code_and_its_text_stays_short(stub):
-    later = domain_tag("release", 2) + bytes(200)
+    later = domain_tag("release", 3) + bytes(200)
     assert refused(lambda: publish(stub, later)) == (grpc.StatusCode.INVALID_ARGUMENT, "format.version")
     text = canonical_json({"a" * 12_000: 1})
-    long = domain_tag("release", 1) + len(text).to_bytes(4, "little") + text + bytes(72)
+    long = domain_tag("release", 2) + len(text).to_bytes(4, "little") + text + bytes(72)
     assert refused(lambda: publish(stub, long)) == (grpc.StatusCode.INVALID_ARGUMENT, "format")
 
 
@@ -298,7 +319,7 @@ def test_what_was_not_raised_on_purpose_tells_an_incident_and_no_more(tmp_path, 
     secret = "PRIVATE-5519"
 
     class Broken(services.MarketService):
-        def _signed(self, size, head):
+        def _signed(self, head):
             raise ZeroDivisionError(secret)
 
     with running_market(tmp_path, MAP, service_type=Broken) as (address, ca, _), caplog.at_level(logging.CRITICAL):

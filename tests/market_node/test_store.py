@@ -7,10 +7,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from market_node.store import Store
-from protocol.catalogue import EMPTY_HEAD, extend_head, row_of
-from protocol.errors import AlreadyPublished, NotFound
+from protocol.catalogue import EMPTY_CATALOGUE, Head, Terms, scalars_of, tables_of
+from protocol.errors import AlreadyPublished, NotFound, UsageError
 from protocol.release import open_envelope
-from tests.protocol.worlds import envelope_of, small_map
+from tests.protocol.worlds import ADAPTER, envelope_of, small_map
 
 MAP, OWNER = small_map(), Ed25519PrivateKey.generate()
 ENVELOPES = [envelope_of(MAP, OWNER, number=n + 1, seed=n) for n in range(4)]
@@ -25,14 +25,19 @@ def store(tmp_path):
 
 def append(store: Store, envelope: bytes):
     release = open_envelope(envelope)
-    return store.append(release, envelope, row_of(release, MAP))
+    return store.append(release, envelope, scalars_of(release, MAP))
+
+
+def recomputed(store: Store) -> Head:
+    """The head of what lies in the store, from the envelopes alone."""
+    return tables_of([open_envelope(envelope) for envelope in store.envelopes(0, 1 << 30)], MAP).head()
 
 
 def test_positions_count_up_and_the_head_chains_the_rows(store):
     stored = [append(store, envelope) for envelope in ENVELOPES]
     assert [one.position for one in stored] == [0, 1, 2, 3]
-    assert store.head() == (4, extend_head(EMPTY_HEAD, store.catalogue(0, 4, rows=True)))
-    assert store.catalogue(1, 3, rows=False) == ENVELOPES[1:3]
+    assert store.head() == recomputed(store)
+    assert store.envelopes(1, 3) == ENVELOPES[1:3]
 
 
 def test_the_same_release_again_changes_nothing(store):
@@ -49,7 +54,7 @@ def test_other_bytes_under_one_number_are_refused(store):
 
 
 def test_an_empty_store_has_the_empty_head(store):
-    assert store.head() == (0, EMPTY_HEAD)
+    assert store.head() == EMPTY_CATALOGUE == recomputed(store)
     with pytest.raises(NotFound):
         store.envelope(bytes(32))
 
@@ -69,14 +74,14 @@ WRITER = """
     from market_node.store import Store
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     sys.path.insert(0, ".")
-    from protocol.catalogue import row_of
+    from protocol.catalogue import scalars_of
     from protocol.release import open_envelope
     from tests.protocol.worlds import envelope_of, small_map
     store, feature_map, key = Store.open(Path(sys.argv[1])), small_map(), Ed25519PrivateKey.generate()
     for number in range(1, 10_000):
         envelope = envelope_of(feature_map, key, number=number, seed=number)
         release = open_envelope(envelope)
-        store.append(release, envelope, row_of(release, feature_map))
+        store.append(release, envelope, scalars_of(release, feature_map))
         print(release.release_id.hex(), flush=True)
 """
 
@@ -90,10 +95,9 @@ def test_a_killed_market_keeps_everything_it_acknowledged(tmp_path):
     process.stdout.close()
     process.wait()
     store = Store.open(tmp_path)
-    size, head = store.head()
-    kept = {open_envelope(envelope).release_id.hex() for envelope in store.catalogue(0, size, rows=False)}
+    kept = {open_envelope(envelope).release_id.hex() for envelope in store.envelopes(0, store.head().size)}
     assert {line for line in acknowledged if len(line) == 64} <= kept
-    assert head == extend_head(EMPTY_HEAD, store.catalogue(0, size, rows=True))
+    assert store.head() == recomputed(store)
     store.close()
 
 
@@ -135,6 +139,45 @@ def test_a_full_disk_is_a_clean_error_and_reads_go_on(store):
     with pytest.raises(OperationalError, match="full"):  # noqa: PT012 - the disk fills up somewhere on the way
         for number in range(1, 200):
             append(store, envelope_of(MAP, key, number=number, seed=number))
-    size, head = store.head()
-    assert head == extend_head(EMPTY_HEAD, store.catalogue(0, size, rows=True))
+    assert store.head() == recomputed(store)
     assert store.envelope(open_envelope(ENVELOPES[0]).release_id) == ENVELOPES[0]
+
+
+def test_every_earlier_state_can_still_be_named_and_its_pages_too(store, monkeypatch):
+    from market_node import store as stores
+    from protocol import catalogue
+
+    for module in (stores, catalogue):
+        monkeypatch.setattr(module, "PAGE_SIZE", 3)  # the fourth release begins a page
+    for count, envelope in enumerate(ENVELOPES, 1):
+        append(store, envelope)
+        tables = tables_of([open_envelope(e) for e in ENVELOPES[:count]], MAP)
+        assert store.head() == store.head_at(count) == tables.head()
+    assert store.head_at(2) == tables_of([open_envelope(e) for e in ENVELOPES[:2]], MAP).head()
+    assert [len(store.page_chains(size)) for size in range(5)] == [0, 1, 1, 1, 2]
+    assert store.page_chains(4)[0] == store.page_chains(3)[0] != store.page_chains(2)[0]
+    with pytest.raises(NotFound):
+        store.head_at(9)
+
+
+def test_terms_that_many_releases_share_are_kept_once(store):
+    for envelope in ENVELOPES:
+        append(store, envelope)
+    other = envelope_of(MAP, Ed25519PrivateKey.generate(), seed=9, adapter=ADAPTER)
+    append(store, other)
+    append(store, envelope_of(MAP, Ed25519PrivateKey.generate(), seed=10))
+    assert store.terms(0, 9) == [Terms.of(open_envelope(e)).body for e in (ENVELOPES[0], other)]
+    assert [store.rows(at, at + 1)[-4] for at in range(6)] == [0, 0, 0, 0, 1, 0]
+
+
+def test_a_store_of_another_version_is_refused_and_left_as_it_is(tmp_path):
+    import sqlite3
+
+    with sqlite3.connect(tmp_path / "market.db") as db:
+        db.execute("CREATE TABLE release (position INTEGER PRIMARY KEY, row BLOB, head BLOB)")
+    db.close()
+    with pytest.raises(UsageError, match="older one"):
+        Store.open(tmp_path)
+    with sqlite3.connect(tmp_path / "market.db") as db:
+        assert db.execute("SELECT name FROM sqlite_master").fetchall() == [("release",)]
+    db.close()

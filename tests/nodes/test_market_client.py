@@ -1,7 +1,9 @@
 """A client believes nothing unproven: each way in which a market can lie is refused, and leaves nothing on disk."""
 
 import hashlib
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -9,7 +11,7 @@ from market_node.service import MarketService, answering, streaming
 from nodes.learnwares import local_learnware, pull_learnware
 from nodes.market_client import MarketClient, find_release_id
 from protocol.admission import AdmissionPolicy
-from protocol.catalogue import row_of
+from protocol.catalogue import SCALARS_BYTES, scalars_of, tables_of
 from protocol.errors import (
     FormatError,
     IncompatibleSpecification,
@@ -86,20 +88,38 @@ async def endless_adapter(self, request, context):
 
 @streaming
 async def forged_rows(self, request, context):
-    size, head = self._store.head()
-    rows = self._store.catalogue(0, size, rows=True)
-    rows[1] = rows[1][:32] + b"\xff" + rows[1][33:]  # another count: the release would look larger
-    yield pb.CatalogueChunk(entries=rows, head=self._signed(size, head))
+    head = self._store.head()
+    rows = bytearray(self._store.rows(0, head.size))
+    rows[18] ^= 0x40  # another count: the second release would look larger
+    yield pb.CatalogueChunk(rows=bytes(rows), terms=self._store.terms(0, 9), head=self._signed(head))
+
+
+@streaming
+async def forged_terms(self, request, context):
+    head = self._store.head()
+    terms = [body.replace(b'"1.0"', b'"0.1"') for body in self._store.terms(0, 9)]  # a smaller epsilon than was paid
+    yield pb.CatalogueChunk(rows=self._store.rows(0, head.size), terms=terms, head=self._signed(head))
+
+
+@streaming
+async def forged_cards(self, request, context):
+    cards = [card.replace(b"owner-1", b"owner-2") for card in self._store.cards(0, 3)]
+    yield pb.CardsChunk(digests=b"".join(self._store.page_chains(3)), data=b"".join(cards))
+
+
+@streaming
+async def forged_digests(self, request, context):
+    yield pb.CardsChunk(digests=bytes(32), data=b"".join(self._store.cards(0, 3)))
 
 
 @streaming
 async def no_head(self, request, context):
-    yield pb.CatalogueChunk(entries=self._store.catalogue(0, 3, rows=True))
+    yield pb.CatalogueChunk(rows=self._store.rows(0, 3), terms=self._store.terms(0, 9))
 
 
 @streaming
 async def gone_back(self, request, context):
-    yield pb.CatalogueChunk(head=self._signed(1, bytes(32)))
+    yield pb.CatalogueChunk(head=self._signed(replace(self._store.head(), size=1)))
 
 
 LIES = {
@@ -108,6 +128,9 @@ LIES = {
     "an endless adapter": ({"DownloadAdapter": endless_adapter}, lambda c, e: c.download_adapter(ADAPTER), InvalidAdapter),
     "a forged row": ({"SyncCatalogue": forged_rows}, lambda c, e: c.sync(MAP), FormatError),
     "rows for envelopes": ({"SyncCatalogue": forged_rows}, lambda c, e: c.mirror(MAP), FormatError),
+    "forged terms": ({"SyncCatalogue": forged_terms}, lambda c, e: c.sync(MAP), FormatError),
+    "forged cards": ({"GetCards": forged_cards}, lambda c, e: c.sync(MAP), FormatError),
+    "forged digests of cards": ({"GetCards": forged_digests}, lambda c, e: c.sync(MAP), FormatError),
     "no signed head": ({"SyncCatalogue": no_head}, lambda c, e: c.sync(MAP), FormatError),
 }
 
@@ -164,7 +187,7 @@ async def receipt_without_head(self, request, context):
 
 @answering
 async def receipt_beyond_head(self, request, context):
-    return pb.Receipt(release_id=open_envelope(request.envelope).release_id, index=9, head=self._signed(3, bytes(32)))
+    return pb.Receipt(release_id=open_envelope(request.envelope).release_id, index=9, head=self._signed(self._store.head()))
 
 
 @pytest.mark.parametrize("lie", [receipt_without_head, receipt_beyond_head])
@@ -177,8 +200,8 @@ def test_a_receipt_that_proves_nothing_is_refused(tmp_path, lie):
 def test_a_row_that_is_not_its_releases_own_is_noticed_at_the_pull(tmp_path):
     with running_market(tmp_path / "m", MAP) as (address, ca, store), MarketClient(address, ca, tmp_path / "home") as client:
         release = open_envelope(envelope := envelope_of(MAP, Ed25519PrivateKey.generate(), seed=3))
-        row = row_of(release, MAP)
-        store.append(release, envelope, row[:32] + (1 << 20).to_bytes(4, "little") + row[36:])  # a count that was never released
+        larger = np.float32(1 << 20).tobytes() + scalars_of(release, MAP)[4:]  # a count that was never released
+        store.append(release, envelope, larger)
         with pytest.raises(FormatError, match="not its own"):
             pull_learnware("owner-3", client, tmp_path / "home", MAP)
 
@@ -235,7 +258,9 @@ def test_releases_are_named_without_doubt_or_not_at_all(tmp_path):
 def test_the_row_of_a_release_is_what_the_market_serves(tmp_path):
     with running_market(tmp_path / "m", MAP) as (address, ca, store), MarketClient(address, ca, tmp_path / "home") as client:
         envelopes = publish_three(client)
-        assert store.catalogue(0, 3, rows=True) == [row_of(open_envelope(envelope), MAP) for envelope in envelopes]
+        tables = tables_of([open_envelope(envelope) for envelope in envelopes], MAP)
+        assert (store.rows(0, 3), tuple(store.terms(0, 9)), tuple(store.cards(0, 3))) == (tables.rows, tables.terms, tables.cards)
+        assert tables.rows[:SCALARS_BYTES] == scalars_of(open_envelope(envelopes[0]), MAP)
 
 
 def test_errors_keep_their_kind_over_the_wire(tmp_path):
@@ -249,7 +274,7 @@ def test_errors_keep_their_kind_over_the_wire(tmp_path):
 def add_unseen(store, **how) -> bytes:
     """Put a release into the store past the market's gate; return its id."""
     release = open_envelope(envelope := envelope_of(MAP, Ed25519PrivateKey.generate(), **how))
-    store.append(release, envelope, row_of(release, MAP))
+    store.append(release, envelope, scalars_of(release, MAP))
     return release.release_id
 
 
@@ -281,15 +306,14 @@ def test_the_privacy_unit_is_in_the_catalogue_and_at_the_pull(tmp_path):
         catalogue = client.sync(MAP)
         assert [str(catalogue.unit_of(position)) for position in range(2)] == ["record", "field:person"]
         assert catalogue.names == ("owner-1", "owner-2")
-        assert client.mirror(MAP).catalogue.units == catalogue.units
+        assert [str(client.mirror(MAP).catalogue.unit_of(position)) for position in range(2)] == ["record", "field:person"]
         pulled = pull_learnware("owner-2", client, tmp_path / "home", MAP)
         assert pulled.release.specification.guarantee.unit == PrivacyUnit("person")
 
 
 @answering
 async def no_policy(self, request, context):
-    size, head = self._store.head()
-    return pb.MarketDescription(market_key=self._public, map_ids=[self._map.map_id], head=self._signed(size, head))
+    return pb.MarketDescription(market_key=self._public, map_ids=[self._map.map_id], head=self._signed(self._store.head()))
 
 
 def test_a_market_that_states_no_policy_is_refused(tmp_path):

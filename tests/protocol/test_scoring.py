@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from protocol.catalogue import ROW, Catalogue, Columns, Head, estimate_counts
+from protocol.catalogue import EMPTY_CATALOGUE, ROW, Catalogue, Columns, estimate_counts
 from protocol.features import ScoringConstants
 from protocol.scoring import MAX_QUERY_SIZE, Sketch, Verdict, rank, score, sketch_of, verdict_of
 from protocol.specification import COUNT_STEP, FEATURE_SCALE
@@ -82,8 +82,7 @@ def test_noise_that_hides_related_tasks_gives_no_match(noise, verdict):
     q = np.full(4, 0.15)
     sketch, columns = Sketch(q, np.eye(4) * 1e-3, 50, 2), columns_of(q[None], np.array([500.0]), np.array([noise]))
     scores = score(np.array([q @ q]), columns, sketch, MAP)
-    head = Head(1, bytes(32), b"")
-    assert rank(scores, Catalogue(MAP, np.zeros(1, ROW), ("a",), head), sketch).verdict is verdict
+    assert rank(scores, Catalogue(MAP, np.zeros(1, ROW), (), EMPTY_CATALOGUE), sketch).verdict is verdict
 
 
 def test_another_task_is_a_sibling_if_it_is_near_and_none_if_it_is_far():

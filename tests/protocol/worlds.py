@@ -46,7 +46,7 @@ def release_of(
     count: int = 300,
 ) -> Release:
     specification = estimate(quantise(features(count, seed, feature_map.dimension)), feature_map.map_id, guarantee, operating_system())
-    previous = b"" if number == 1 else bytes(32)
+    previous = b"" if number == 1 else bytes([1]) * 32
     base = bytes.fromhex(feature_map.base_model)
     return Release(key.public_key().public_bytes_raw(), number, previous, base, specification, adapter, Card(f"owner-{seed}"), simulated)
 
