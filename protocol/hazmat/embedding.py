@@ -101,8 +101,8 @@ def encode_diagonals(
     for k in range(giant * baby):
         g, b = k // baby, k % baby
         if k >= width:
-            for s in range(out.shape[0]):
-                out[s, g, b] = np.uint64(0)
+            for j in range(2 * slots):
+                out[j // BLOCK, g, b, j % BLOCK] = np.uint64(0)
             continue
         for slot in range(slots):
             s = (slot - g * baby) % slots
@@ -112,8 +112,8 @@ def encode_diagonals(
         _round(real, scale / slots, np.int64(field.prime), words[:slots])
         _round(imag, scale / slots, np.int64(field.prime), words[slots:])
         ntt(words, field)
-        for s in range(out.shape[0]):
-            out[s, g, b] = words[s * BLOCK : (s + 1) * BLOCK]
+        for j in range(2 * slots):
+            out[j // BLOCK, g, b, j % BLOCK] = words[j]
 
 
 def _inverse_roots(degree: int) -> Doubles:

@@ -32,8 +32,8 @@ def compiled(function: Kernel) -> Kernel:
 
 
 def inlined(function: Kernel) -> Kernel:
-    """Return `function` to be copied into the kernels that call it."""
-    return cast(Kernel, numba.njit(function, inline="always"))
+    """Return `function` to be copied into the kernels that call it, by LLVM: numba's own inlining compiles a quarter longer."""
+    return cast(Kernel, numba.njit(function, forceinline=True))
 
 
 def emitted(function: Callable[..., Any]) -> Any:

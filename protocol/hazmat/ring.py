@@ -275,6 +275,14 @@ def _scaled(values: Doubles, factor: Doubles, prime: float, reciprocal: float) -
 
 
 @compiled
+def _copy(source: Doubles, out: Doubles) -> None:
+    # Written out: numba compiles an assignment of slices for seconds, with the error message for other shapes.
+    wide()
+    for j in range(out.shape[0]):
+        out[j] = source[j]
+
+
+@compiled
 def _centre(values: Doubles, prime: float) -> None:
     wide()
     half = (prime - 1) / 2
@@ -373,12 +381,12 @@ def rotate(source: Doubles, permutation: Permutation, key: Doubles, ring: Switch
     data, special = ring.data, ring.special
     turned, digits, carried = work[0], work[1], work[2]
     _gather(turned, source[1], permutation)
-    digits[:] = turned
+    _copy(turned, digits)
     _inverse(digits, data)
     _scaled(digits, data.degree_inverse, data.prime, data.reciprocal)
-    # SEAL takes digits in [0, q).  Their mean of q / 2 is a polynomial whose value at the slots next to 1 is 2600 instead of about 64
-    # times the mean: there the noise of the key comes out 70 times larger.  Digits around zero are as valid and have no such slots:
-    # largest error of 60 keys and 64 rotations 1.6e-4 instead of 1.5e-3.
+    # SEAL takes digits in [0, q).  Their mean of q / 2 is a polynomial whose value at the slots next to 1 is 2600, where the rest of the
+    # digits comes to 37: there the noise of the key is 70 times larger.  Digits around zero are as valid and have no such slots: largest
+    # error of 60 keys and 64 rotations 1.6e-4 instead of 1.5e-3 (docs/decisions/0005-digits-around-zero.md).
     _centre(digits, data.prime)
     _forward(digits, special)
     _near_all(digits, special.prime, special.reciprocal)
@@ -424,11 +432,12 @@ def _add_in_place(total: Doubles, part: Doubles, prime: float) -> None:
 def giant_steps(parts: Doubles, permutation: Permutation, key: Doubles, ring: SwitchRing, total: Doubles) -> None:
     """Write sum_g rotation^g(parts[g]) to `total` (2, n); parts: (giant, 2, n).  Horner's rule: one key serves every step."""
     turned, work = np.empty(total.shape), np.empty((3, total.shape[1]))
-    total[:] = parts[-1]
+    for k in range(2):
+        _copy(parts[-1, k], total[k])
     for g in range(parts.shape[0] - 2, -1, -1):
         rotate(total, permutation, key, ring, turned, work)
-        total[:] = turned
         for k in range(2):
+            _copy(turned[k], total[k])
             _add_in_place(total[k], parts[g, k], ring.data.prime)
 
 
@@ -514,7 +523,7 @@ def truncate(ciphertext: Doubles, field: Field, drops: tuple[int, int], bits: in
     """
     work = np.empty(ciphertext.shape[1])
     for k in range(2):
-        work[:] = ciphertext[k]
+        _copy(ciphertext[k], work)
         _inverse(work, field)
         _scaled(work, field.degree_inverse, field.prime, field.reciprocal)
         _drop(work, drops[k], (1 << (bits - drops[k])) - 1, out[k])
