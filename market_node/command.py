@@ -28,6 +28,9 @@ def up(
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 picks a free one.")] = 7443,
     name: Annotated[list[str] | None, typer.Option("--name", help="Host name or address for the certificate; repeatable.")] = None,
+    which_map: Annotated[
+        str, typer.Option("--map", envvar="VEILMART_MAP", help="Feature map of this market: a name that ships with veilmart, or a file.")
+    ] = "kme-lin-96",
     simulation: Annotated[bool, typer.Option("--simulation", help="Accept releases made with simulated noise.")] = False,
     largest_epsilon: Annotated[
         float | None, typer.Option("--largest-epsilon", help="Refuse specifications above it.", show_default="2; a simulation takes all")
@@ -47,7 +50,7 @@ def up(
     """
     from market_node.server import run
     from protocol.admission import LENIENT, AdmissionPolicy
-    from protocol.features import default_map
+    from protocol.features import open_map
 
     default = LENIENT if simulation else AdmissionPolicy()
     policy = AdmissionPolicy(
@@ -70,7 +73,7 @@ def up(
             )
         sys.stdout.flush()
 
-    run(home / "market", host, port, default_map(), policy, simulation=simulation, names=tuple(name or ()), ready=ready)
+    run(home / "market", host, port, open_map(which_map), policy, simulation=simulation, names=tuple(name or ()), ready=ready)
 
 
 def register(app: typer.Typer) -> None:

@@ -43,6 +43,7 @@ Home = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print ids only, no progress.")]
 Base = Annotated[Path | None, typer.Option("--base", help="Directory of the base model.", show_default="the imported one")]
+Map = Annotated[str, typer.Option("--map", envvar="VEILMART_MAP", help="Feature map: a name that ships with veilmart, or a file.")]
 MarketAddress = Annotated[str, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")]
 MaybeMarket = Annotated[str | None, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")]
 Authority = Annotated[Path, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority (ca.crt).")]
@@ -150,6 +151,7 @@ def node_publish(
     population: Population = "default",
     unit: Unit = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would leave and what it costs; nothing is drawn or sent.")] = False,
+    which_map: Map = "kme-lin-96",
     base: Base = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -163,7 +165,7 @@ def node_publish(
     from nodes.ledger import Budget
     from nodes.market_client import MarketClient
     from nodes.populations import claims_of, folder_of
-    from protocol.features import default_map
+    from protocol.features import open_map
     from protocol.hazmat.noise import operating_system
     from protocol.privacy import Guarantee
     from protocol.release import Card, open_envelope
@@ -177,7 +179,7 @@ def node_publish(
     progress = console.ProgressLine(not (as_json or quiet))
     policy = Policy(Budget(budget, delta), largest_epsilon=largest_epsilon, population=population, unit=guarantee.unit)
     guard = Guard(
-        folder, data, card, _open_model(home, base), default_map(), operating_system(),
+        folder, data, card, _open_model(home, base), open_map(which_map), operating_system(),
         policy=policy, recipe=recipe, claims=claims_of(home), on_progress=progress,
     )  # fmt: skip
     plan = guard.plan(order)
@@ -191,7 +193,7 @@ def node_publish(
     with MarketClient(market, ca, home) as client:
         # Before anything is trained or charged: is it the right market, would it take this, and does it hold what the ledger forgot?
         description = client.describe()
-        guard.require_current(client.releases_of(guard.owner, default_map()))
+        guard.require_current(client.releases_of(guard.owner, open_map(which_map)))
     if not plan.stored:
         warning = _require_welcome(plan, description.admission)
         if warning and not (as_json or quiet):
@@ -350,6 +352,7 @@ def node_repair(
     population: Population = "default",
     unit: Unit = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Set a damaged ledger aside and rebuild it from the market alone.")] = False,
+    which_map: Map = "kme-lin-96",
     as_json: Json = False,
 ) -> None:
     """Compare the ledger with the market's list of your releases, and charge again what it does not know.
@@ -359,7 +362,7 @@ def node_repair(
     from nodes.ledger import Budget, Ledger, set_aside
     from nodes.market_client import MarketClient
     from nodes.populations import folder_of
-    from protocol.features import default_map
+    from protocol.features import open_map
     from protocol.keys import signing_key
 
     folder = folder_of(home, _population(population))
@@ -367,7 +370,7 @@ def node_repair(
         raise UsageError(f"{folder / 'owner.key'}: expected the signing key of the releases", hint="put your copy there, mode 0600")
     owner = signing_key(folder / "owner.key").public_key().public_bytes_raw()
     with MarketClient(market, ca, home) as client:
-        envelopes = client.releases_of(owner, default_map())
+        envelopes = client.releases_of(owner, open_map(which_map))
     aside = set_aside(folder / "ledger.db") if rebuild else None
     ledger = Ledger.open(folder / "ledger.db", Budget(4.0, 1e-6), population, _unit(unit, folder))
     added = ledger.absorb(envelopes)
@@ -398,6 +401,7 @@ def find(
     epsilon_at_most: Annotated[float | None, typer.Option("--epsilon-at-most", help="Only specifications of at most this epsilon.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the price of both ways and what the market saw.")] = False,
     top: Annotated[int, typer.Option("-k", "--top", min=1, help="How many to show.")] = 5,
+    which_map: Map = "kme-lin-96",
     base: Base = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -411,11 +415,11 @@ def find(
     from nodes.query import Filters, find_encrypted, find_in_mirror, prices, sketch_task
     from nodes.records import read_records
     from protocol.catalogue import PAGE_SIZE
-    from protocol.features import default_map
+    from protocol.features import open_map
     from protocol.scoring import Verdict
 
     filters = Filters(base_model, licence, max_bytes, epsilon_at_most)
-    records, feature_map = read_records(file), default_map()
+    records, feature_map = read_records(file), open_map(which_map)
     with MarketClient(market, ca, home) as client:
         client.describe()  # before the model is loaded: is the market there?
     # No call is open while the texts are read: the time that takes would tell how many there are.
@@ -480,6 +484,7 @@ def pull(
     learnware: Annotated[str, typer.Argument(metavar="ID", help="NAME@HEX as `find` prints it, or the id.")],
     market: MarketAddress,
     ca: Authority,
+    which_map: Map = "kme-lin-96",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -490,11 +495,11 @@ def pull(
     from nodes import console
     from nodes.learnwares import pull_learnware
     from nodes.market_client import MarketClient
-    from protocol.features import default_map
+    from protocol.features import open_map
 
     progress = console.ProgressLine(not (as_json or quiet))
     with MarketClient(market, ca, home) as client:
-        stored = pull_learnware(learnware, client, home, default_map(), lambda done, of: progress("pull", done, of))
+        stored = pull_learnware(learnware, client, home, open_map(which_map), lambda done, of: progress("pull", done, of))
     progress.close()
     if quiet:
         console.print_lines(stored.release.release_id.hex())
@@ -521,6 +526,7 @@ def ask(
     ca: MaybeAuthority = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answer beside it.")] = False,
     tokens: Annotated[int, typer.Option("--tokens", min=1, max=2048, help="Longest answer.")] = 64,
+    which_map: Map = "kme-lin-96",
     base: Base = None,
     as_json: Json = False,
 ) -> None:
@@ -531,14 +537,14 @@ def ask(
     from nodes import console
     from nodes.learnwares import local_learnware, pull_learnware
     from nodes.market_client import MarketClient
-    from protocol.features import default_map
+    from protocol.features import open_map
 
     stored = local_learnware(learnware, home)
     if stored is None:
         if market is None or ca is None:
             raise NotFound(f"{learnware}: not pulled yet", hint="give --market and --ca, or `veilmart pull` it first")
         with MarketClient(market, ca, home) as client:
-            stored = pull_learnware(learnware, client, home, default_map())
+            stored = pull_learnware(learnware, client, home, open_map(which_map))
     question = sys.stdin.read() if text == "-" else text
     model = _open_model(home, base)
     answer = model.generate(question, stored.load_adapter(model.model_id), tokens)
@@ -568,6 +574,7 @@ def sim(
     test_records: Annotated[int, typer.Option("--test-records", min=1, help="Test records a task for losses.")] = 64,
     mirror: Annotated[bool, typer.Option("--mirror", help="Match on a local copy instead of by encrypted query.")] = False,
     seed: Annotated[int | None, typer.Option("--seed", help="Repeatable noise and queries; releases are stamped simulated.")] = None,
+    which_map: Map = "kme-lin-96",
     base: Base = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -579,16 +586,16 @@ def sim(
     from nodes import console
     from nodes.report import print_result
     from nodes.simulate import Settings, new_run_folder, plan_tasks, simulate
-    from protocol.features import default_map
+    from protocol.features import open_map
 
     settings = Settings(
         data=data, out=new_run_folder(out, home), tasks=_names(tasks), unseen=_names(unseen), records=records, query_size=query_size,
         queries=queries, repeats=repeats, epsilon_spec=epsilon_spec, delta=delta, recipe=_recipe(epsilon_adapter, no_train),
         test_records=test_records, mirror=mirror, seed=seed,
     )  # fmt: skip
-    plan_tasks(settings, default_map())  # a wrong folder or task shows before the model is loaded
+    plan_tasks(settings, open_map(which_map))  # a wrong folder or task shows before the model is loaded
     progress = console.ProgressLine(not quiet)
-    result = simulate(settings, _open_model(home, base), default_map(), progress)
+    result = simulate(settings, _open_model(home, base), open_map(which_map), progress)
     progress.close()
     if as_json:
         console.print_json(result)
@@ -598,6 +605,7 @@ def sim(
 
 def demo(
     home: Home,
+    which_map: Map = "kme-lin-96",
     base: Base = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -608,10 +616,10 @@ def demo(
     """
     from nodes import console
     from nodes.demo import print_demo, run_demo
-    from protocol.features import default_map
+    from protocol.features import open_map
 
     progress = console.ProgressLine(not quiet)
-    result = run_demo(home, _open_model(home, base), default_map(), progress)
+    result = run_demo(home, _open_model(home, base), open_map(which_map), progress)
     progress.close()
     if as_json:
         console.print_json(result)

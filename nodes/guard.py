@@ -23,7 +23,7 @@ from nodes.populations import claim, digests_of, require_unclaimed
 from nodes.records import OwnedRecords, Record, digest_of, read_owned_records
 from protocol.codec import domain_tag, format_decimal
 from protocol.errors import RecordError, UsageError, VeilmartError
-from protocol.features import FeatureMap
+from protocol.features import EmbeddingKind, FeatureMap
 from protocol.hazmat.noise import NoiseSource
 from protocol.keys import signing_key, write_durably
 from protocol.privacy import RECORD, Guarantee, PrivacyUnit, noise_variance
@@ -41,7 +41,9 @@ RECORDS_AT_ONCE = 32
 class Embed(Protocol):
     """Records to embeddings (n, 2, width), each record alone in the forward pass."""
 
-    def __call__(self, records: Sequence[Record], *, layer: int, on_progress: Callable[[int, int], None] | None = None) -> Embedding: ...
+    def __call__(
+        self, records: Sequence[Record], *, layer: int, kind: EmbeddingKind, on_progress: Callable[[int, int], None] | None = None
+    ) -> Embedding: ...
 
 
 def ignore_progress(stage: str, done: int, of: int) -> None:
@@ -286,8 +288,11 @@ class Guard:
             self._on_progress("embed", done, of)
 
         if self._recipe is None:
-            return self._embed(records, layer=self._map.layer, on_progress=report), []
-        return self._model.prefix_pass(records, self._split, layer=self._map.layer, on_progress=report)
+            return self._embed(records, layer=self._map.layer, kind=self._map.embedding, on_progress=report), []
+        if self._map.embedding is EmbeddingKind.HIDDEN_STATES:
+            return self._model.prefix_pass(records, self._split, layer=self._map.layer, on_progress=report)
+        embedding = self._embed(records, layer=self._map.layer, kind=self._map.embedding, on_progress=report)
+        return embedding, self._model.prefix_pass(records, self._split, on_progress=report)[1]
 
     def _train(self, activations: list[Activations]) -> AdapterReference:
         from nodes.finetune import finetune

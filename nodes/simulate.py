@@ -31,8 +31,9 @@ from nodes.query import Found, find_encrypted, find_in_mirror, views_of
 from nodes.records import Record, digest_of, read_records
 from protocol.codec import format_decimal
 from protocol.errors import CampaignFailed, MarketUnreachable, UsageError
-from protocol.features import FeatureMap
+from protocol.features import EmbeddingKind, FeatureMap
 from protocol.hazmat.noise import NoiseSource, operating_system
+from protocol.keys import write_durably
 from protocol.release import Card, Release, open_envelope
 from protocol.scoring import Verdict, sketch_of
 
@@ -100,10 +101,13 @@ def seeded_noise(seed: int, *purpose: str) -> NoiseSource:
 class MarketProcess:
     """A market of its own process on loopback, ended by its pid."""
 
-    def __init__(self, home: Path) -> None:
-        home.mkdir(parents=True, exist_ok=True)
+    def __init__(self, home: Path, feature_map: FeatureMap) -> None:
+        write_durably(home / "feature.map", feature_map.manifest, 0o644)
         self._log = (home / "market.log").open("wb")
-        command = [sys.executable, "-m", "nodes.command", "market", "up", "--home", str(home), "--port", "0", "--simulation", "--json"]
+        command = [
+            sys.executable, "-m", "nodes.command", "market", "up", "--home", str(home), "--map", str(home / "feature.map"),
+            "--port", "0", "--simulation", "--json",
+        ]  # fmt: skip
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log)
         assert self._process.stdout is not None
         timer = threading.Timer(MARKET_START_S, self._process.kill)
@@ -144,11 +148,13 @@ class RememberedEmbeddings:
         self._model = model
         self._made: dict[bytes, Embedding] = {}
 
-    def __call__(self, records: Sequence[Record], *, layer: int, on_progress: Callable[[int, int], None] | None = None) -> Embedding:
+    def __call__(
+        self, records: Sequence[Record], *, layer: int, kind: EmbeddingKind, on_progress: Callable[[int, int], None] | None = None
+    ) -> Embedding:
         """Return the embeddings of the records."""
         key = digest_of(records)
         if key not in self._made:
-            self._made[key] = self._model.embed_alone(records, layer=layer, on_progress=on_progress)
+            self._made[key] = self._model.embed_alone(records, layer=layer, kind=kind, on_progress=on_progress)
         return self._made[key]
 
 
@@ -220,7 +226,7 @@ def simulate(settings: Settings, model: BaseModel, feature_map: FeatureMap, on_p
     received: dict[str, int] = {}
     for repeat in range(settings.repeats):
         home = settings.out / f"repeat-{repeat}"
-        with MarketProcess(home / "market") as market, MarketClient(market.address, market.ca, home / "querier") as client:
+        with MarketProcess(home / "market", feature_map) as market, MarketClient(market.address, market.ca, home / "querier") as client:
             with meter.stage("owners"):
                 published = _run_owners(settings, repeat, owners, model, feature_map, remembered, market, client, on_progress)
             if repeat == 0:
@@ -244,7 +250,8 @@ def simulate(settings: Settings, model: BaseModel, feature_map: FeatureMap, on_p
 def _pool(settings: Settings, task: str, model: BaseModel, feature_map: FeatureMap, done: int, total: int, on_progress: Progress) -> Pool:
     on_progress("embed queries", done, total)
     records = read_records(settings.data / task / "test.jsonl", settings.query_pool)
-    return Pool(task, records, feature_map(model.embed_batched(records, layer=feature_map.layer)), views_of(records))
+    embedding = model.embed_batched(records, layer=feature_map.layer, kind=feature_map.embedding)
+    return Pool(task, records, feature_map(embedding), views_of(records))
 
 
 def _run_owners(

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from nodes import base_model
-from nodes.base_model import FILES, BaseModel, import_model, model_id
+from nodes.base_model import FILES, LORA_RANK, BaseModel, _public_factor, import_model, model_id
 from nodes.records import Pair, Prompt, Text
 from protocol.errors import ModelError
+from protocol.features import EmbeddingKind
 
 RECORDS = [
     Pair("what is the sum of two and three", "five"),
@@ -209,3 +210,28 @@ def test_progress_counts_records_and_threads_are_put_back(model: BaseModel) -> N
 def test_a_split_outside_the_model_is_refused(model: BaseModel) -> None:
     with pytest.raises(ModelError):
         model.prefix_pass(RECORDS, split=6, layer=LAYER)
+
+
+def test_a_gradient_is_that_of_the_models_own_loss(tiny_model_directory: Path) -> None:
+    """Against autograd through the whole model with a LoRA factor B at zero on the last down projection."""
+    model = BaseModel.open(tiny_model_directory, torch.float32)
+    records = [RECORDS[0], RECORDS[3]]
+    embedding = model.embed_alone(records, layer=model.layers, kind=EmbeddingKind.LORA_GRADIENTS)
+    projection = model._llama.model.layers[-1].mlp.down_proj
+    factor = torch.from_numpy(_public_factor(LORA_RANK, projection.in_features))
+    for row, record in enumerate(records):
+        encoded = model.encode(record)
+        tokens = torch.tensor([encoded.tokens])
+        views = ((2, encoded.prompt_end), (encoded.response_start, len(encoded.tokens)))
+        for view, (start, end) in enumerate(views):
+            b = torch.zeros(model.width, LORA_RANK, requires_grad=True)
+            hook = projection.register_forward_hook(lambda module, args, output, b=b: output + args[0] @ factor.T @ b.T)
+            logits = model._llama(input_ids=tokens).logits[0, start - 1 : end - 1]
+            (slope,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, tokens[0, start:end]), b)
+            hook.remove()
+            np.testing.assert_allclose(embedding[row, view], slope.numpy().reshape(-1), rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_are_those_of_the_last_layer_only(tiny_model_directory: Path) -> None:
+    with pytest.raises(ModelError, match="last layer"):
+        BaseModel.open(tiny_model_directory).embed_alone(RECORDS[:1], layer=1, kind=EmbeddingKind.LORA_GRADIENTS)

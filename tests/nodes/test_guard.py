@@ -152,7 +152,7 @@ def test_the_owners_key_is_for_the_owner_alone(tmp_path, data, model):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_an_embedding_that_is_not_finite_is_refused_before_anything_is_drawn(tmp_path, data, model, value):
-    def embed(records, *, layer, on_progress=None):
+    def embed(records, *, layer, kind, on_progress=None):
         made = model.embed_alone(records, layer=layer)
         made[17, 1, 3] = value
         return made

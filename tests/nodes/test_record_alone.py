@@ -14,6 +14,7 @@ import torch
 
 from nodes.base_model import BaseModel, Embedding
 from nodes.records import Pair, Record, Text
+from protocol.features import EmbeddingKind
 
 ORGANS = ("heart", "left kidney", "liver", "lung", "inner ear", "spine", "thyroid gland")
 CITIES = ("Turin", "Lagos", "Osaka", "Quito", "Bergen")
@@ -70,6 +71,16 @@ def test_no_record_touches_another_in_a_tiny_model(tiny_model_directory: Path, t
         for workers in (1, 2):
             assert model.embed_alone(records, workers, layer=2).tobytes() == reference
             assert changed_by_one_record(lambda some, w=workers: model.embed_alone(some, w, layer=2), records, [0, 7, 23]) == 0
+
+
+def test_no_record_touches_another_in_the_gradients_of_a_tiny_model(tiny_model_directory: Path) -> None:
+    model, records = BaseModel.open(tiny_model_directory), varied_records(12)
+
+    def embed(some: Sequence[Record], workers: int = 2) -> Embedding:
+        return model.embed_alone(some, workers, layer=model.layers, kind=EmbeddingKind.LORA_GRADIENTS)
+
+    assert embed(records, 1).tobytes() == embed(records, 2).tobytes()
+    assert changed_by_one_record(embed, records, [0, 7]) == 0
 
 
 @pytest.mark.slow
