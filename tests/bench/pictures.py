@@ -16,11 +16,11 @@ from tests.bench.tables import TARGETS, find
 Row = dict[str, Any]
 GREY = "#7a7a7a"
 BLUE, RED, GREEN, PURPLE = "#0087d1", "#d55e00", "#009e73", "#cc79a7"
-STYLES = ((BLUE, "o", "-"), (RED, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"))  # colour is never the only difference
+STYLES = ((BLUE, "o", "-"), (RED, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"))  # in lines colour is never the only difference
 SETTINGS = {
     "svg.fonttype": "none", "svg.hashsalt": "veilmart", "font.family": "sans-serif", "font.size": 11, "text.color": GREY,
     "axes.edgecolor": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25, "legend.frameon": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False,
 }  # fmt: skip
 
 
@@ -50,8 +50,10 @@ def _top1(result: Row) -> Any:
             axes.fill_between(
                 x, [100 * row[measure][1] for row in cells], [100 * row[measure][2] for row in cells], color=colour, alpha=0.12, linewidth=0
             )
-        aims = [(n * epsilon, 100 * bound) for _, n, epsilon, of, what, _, bound in TARGETS if of == view and what == measure]
-        axes.plot(*zip(*aims, strict=True), color=GREY, marker="_", markersize=18, markeredgewidth=2, linestyle="", label="target")
+            aims = [(m * epsilon, 100 * bound) for _, m, epsilon, of, what, _, bound in TARGETS if (m, of, what) == (n, view, measure)]
+            x, y = [at for at, _ in aims], [bound for _, bound in aims]
+            axes.plot(x, y, color=colour, marker="_", markersize=20, markeredgewidth=2, linestyle="")
+        axes.plot([], [], color=GREY, marker="_", markersize=20, markeredgewidth=2, linestyle="", label="target, in the colour of its n")
         axes.set(xscale="log", xlabel="n x epsilon", title=title, ylim=(0, 102))
     both[0].set_ylabel("top-1, % of 50-text queries")
     both[1].legend(loc="lower right")
@@ -85,17 +87,19 @@ def _owners(result: Row) -> Any:
         _bars(axes, rules)
         axes.set_title(f"loss in {title}")
     both[0].set_ylabel("expected loss beyond the best owner")
-    both[0].legend(loc="upper left", ncols=2, fontsize=9)
+    both[0].legend(loc="upper right", fontsize=9)
     return figure
 
 
 def _bars(axes: Axes, rules: dict[str, Row]) -> None:
     kinds = ["all", *next(iter(rules.values()))["by_kind"]]
-    for place, ((rule, of), (colour, _, _), hatch) in enumerate(zip(rules.items(), STYLES, ("", "//", "..", "xx"), strict=True)):
+    for place, ((rule, of), (colour, _, _)) in enumerate(zip(rules.items(), STYLES, strict=True)):
         values = [of["loss"], *of["by_kind"].values()]
         x = [k + 0.2 * (place - 1.5) for k in range(len(kinds))]
         height = [value for value, _, _ in values]
         errors = [[max(value - low, 0) for value, low, _ in values], [max(high - value, 0) for value, _, high in values]]
-        axes.bar(x, height, 0.18, color=colour, hatch=hatch, edgecolor=GREY, linewidth=0.5, label=rule)
+        axes.bar(x, height, 0.18, color=colour, label=rule)
         axes.errorbar(x, height, errors, color=GREY, linestyle="", capsize=2, linewidth=1)
-    axes.set_xticks(range(len(kinds)), [kind.replace(" of a task", "\nof a task") for kind in kinds], fontsize=9)
+    axes.set_xticks(
+        range(len(kinds)), [kind.replace(" of a task", "\nof a task").replace("Dirichlet ", "Dirichlet\n") for kind in kinds], fontsize=9
+    )

@@ -14,8 +14,8 @@
 
 Texts are embedded in padded batches, since nothing is released.  Noise is the operating system's, so two runs differ; seeds choose records
 and queries only.  Where a task has fewer records than are asked for they are drawn with replacement, and the row names the task.
-A full run writes docs/results/specification.json, the pictures beside it and the tables of the README there: about 12 minutes on one core
-from a full cache.  --quick takes a tenth of the draws, about 2 minutes, and writes only what --out names.
+A full run writes docs/results/specification.json, the pictures beside it and the tables of the README there: about 7 CPU minutes
+from a full cache.  --quick takes a tenth of the draws, about 75 CPU seconds, and writes only what --out names.
 """
 
 from __future__ import annotations
