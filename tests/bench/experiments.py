@@ -160,29 +160,35 @@ def hundred_owners(tasks: Sequence[Task], feature_map: FeatureMap, markets: int,
 
     The loss of a pick is the total variation distance between the user's and the owner's composition over the cells (task x label),
     minus that of the best owner of the market; `distance` is the same for the true squared distance of population means.
+    `noisy_picks` is the share of picks that fall on the fifth of the owners with the noisiest means.
     """
     pools, rng, noise = pools_of(tasks), np.random.default_rng(3), operating_system()
     kinds = list(KINDS)
     losses = np.zeros((2, markets, queries, len(RULES) + 1))  # the last: a random pick
     best_possible = np.zeros((2, markets, queries))
+    noisy = np.full((markets, queries, len(RULES) + 1), 0.2)
     users = [kinds[q % len(kinds)] for q in range(queries)]
     for m in range(markets):
         compositions = np.stack([KINDS[kinds[i % len(kinds)]](pools, rng) for i in range(OWNERS)])
         own = [sample(pools.train, composition, int(rng.choice(COUNTS)), rng) for composition in compositions]
         market = publish(own, rng.choice(EPSILONS, OWNERS).tolist(), feature_map, noise)
+        noisiest = np.argsort(market.columns[2].noise_stds)[-OWNERS // 5 :]
         for q, kind in enumerate(users):
             user = KINDS[kind](pools, rng)
             sketch = sketch_of(sample(pools.test, user, 50, rng), feature_map, 2)
             costs = (total_variation(compositions, user), (((compositions - user) @ pools.means) ** 2).sum(axis=1))
             ranked = similarities(market, sketch, feature_map)
+            noisy[m, q, :-1] = [int(np.argmax(ranked[rule])) in noisiest for rule in RULES]
             for k, cost in enumerate(costs):
                 best_possible[k, m, q] = cost.min()
                 losses[k, m, q, :-1] = [excess(cost, int(np.argmax(ranked[rule]))) for rule in RULES]
                 losses[k, m, q, -1] = cost.mean() - cost.min()
     result: Row = {"owners": OWNERS, "markets": markets, "queries": markets * queries, "n": COUNTS, "epsilon": EPSILONS, "query_size": 50}
+    names = (*RULES, "random pick")
+    result["noisy_picks"] = {rule: [round(float(noisy[:, :, r].mean()), 4), *interval(noisy[:, :, r])] for r, rule in enumerate(names)}
     for k, measure in enumerate(("total_variation", "distance")):
         by_rule = {}
-        for r, rule in enumerate((*RULES, "random pick")):
+        for r, rule in enumerate(names):
             of_rule = losses[k, :, :, r]
             by_rule[rule] = {
                 "loss": [round(float(of_rule.mean()), 4), *interval(of_rule)],

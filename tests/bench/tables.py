@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -34,13 +35,17 @@ def find(rows: Sequence[Row], n: int, epsilon: float | str, view: str, size: int
 
 
 def judge(cells: Sequence[Row]) -> list[Row]:
-    """Return every target with what was measured and whether it is reached."""
+    """Return every target with what was measured and whether it is reached.
+
+    `close`: nearer to its bound than two standard errors of this many queries, so that another run may say the opposite.
+    """
     judged = []
     for what, n, epsilon, view, measure, relation, bound in TARGETS:
-        value, low, high = find(cells, n, epsilon, view)[measure]
+        cell = find(cells, n, epsilon, view)
+        value, low, high = cell[measure]
         reached = value >= bound if relation == ">=" else value <= bound
         row: Row = {"what": what, "n": n, "epsilon": epsilon, "target": f"{relation} {bound}", "measured": [value, low, high]}
-        judged.append(row | {"reached": reached})
+        judged.append(row | {"reached": reached, "close": abs(value - bound) <= 2 * math.sqrt(bound * (1 - bound) / cell["queries"])})
     return judged
 
 
@@ -92,7 +97,7 @@ def _targets(targets: Sequence[Row]) -> str:
             f"{t['epsilon']:g}",
             f"{t['target'].split()[0]} {100 * float(t['target'].split()[1]):g}",
             _with_interval(t["measured"], 2),
-            "yes" if t["reached"] else "**missed**",
+            ("yes" if t["reached"] else "**missed**") + (", at the bound" if t["close"] else ""),
         ]
         for t in targets
     ]
@@ -154,10 +159,19 @@ def _owners(result: Row) -> str:
         distance = result["distance"]["rules"][rule]
         kinds = (f"{100 * value[0]:.1f}" for value in loss["by_kind"].values())
         differences = (_with_interval(of["llr_minus_rule"]) if rule != "LLR" else "-" for of in (loss, distance))
-        rows.append([rule, _with_interval(loss["loss"]), *kinds, _with_interval(distance["loss"]), *differences])
+        rows.append(
+            [
+                rule,
+                _with_interval(loss["loss"]),
+                *kinds,
+                _with_interval(distance["loss"]),
+                *differences,
+                _percent(result["noisy_picks"][rule][0]),
+            ]
+        )
     kinds = list(result["total_variation"]["rules"]["LLR"]["by_kind"])
     head = ["rule", "TV loss x 100", *kinds, "distance loss x 100", "LLR minus rule, TV", "LLR minus rule, distance"]
-    return _markdown(head, rows)
+    return _markdown([*head, "% of picks among the noisiest fifth"], rows)
 
 
 def _heterogeneous(rows: Sequence[Row]) -> str:

@@ -142,6 +142,7 @@ def test_an_interval_is_over_groups():
 def test_the_markets_of_the_benchmark_run_on_a_tiny_world():
     result = hundred_owners(make_tasks(4, labels=4), small_map(), markets=1, queries=4)
     rules = result["total_variation"]["rules"]
+    assert result["noisy_picks"]["random pick"] == [0.2, 0.2, 0.2]
     assert rules["LLR"]["llr_minus_rule"] == [0.0, 0.0, 0.0]
     assert 0 <= rules["LLR"]["loss"][0] < rules["random pick"]["loss"][0]
     assert all(0 <= row["corrected"][0] <= 1 for row in mixtures(make_tasks(), small_map(), repeats=1))
