@@ -675,7 +675,7 @@ def _terms(found: Found, match: Match) -> dict[str, Any]:
 
 
 def _why_not(found: Found, query_size: int, views: int) -> str:
-    from protocol.scoring import MAX_QUERY_SIZE, Verdict
+    from protocol.scoring import FEW_TEXTS, Verdict
 
     ranking = found.ranking
     if not ranking.matches:
@@ -690,8 +690,8 @@ def _why_not(found: Found, query_size: int, views: int) -> str:
         )
     if views == 1:
         return "cannot tell: prompts alone do not tell tasks apart that share their prompts; add responses to the texts"
-    if query_size < MAX_QUERY_SIZE:
-        return f"cannot tell: {query_size} texts say too little about your task; give at least {MAX_QUERY_SIZE}"
+    if query_size < FEW_TEXTS:
+        return f"cannot tell: {query_size} texts say too little about your task; give at least {FEW_TEXTS}"
     count = found.catalogue.columns(1).counts[found.position_of(best)]
     # The test's resolution is governed by the noise variance of the mean, which falls with the square of the number of records.
     return (
@@ -771,7 +771,12 @@ def _would_send(plan: Plan) -> dict[str, Any]:
     from protocol.codec import decode
     from protocol.release import MAGIC
 
-    fields, _ = decode(MAGIC, plan.release.body)
+    release = plan.release
+    metadata, _ = decode(MAGIC, release.body)
+    ids = {
+        "owner": release.owner, "previous": release.previous, "base_model": release.base_model, "map_id": release.specification.map_id,
+    }  # fmt: skip
+    fields: dict[str, Any] = {**{name: value.hex() for name, value in ids.items()}, **metadata}
     if plan.trains_adapter:
         fields["adapter"] = {"digest": "<32 bytes, not trained>", "guarantee": "none", "size_bytes": "<not trained>"}
     return fields
