@@ -20,7 +20,7 @@ from market_node.store import AdapterUpload, Store, read_chunks
 from protocol import errors
 from protocol.admission import AdmissionPolicy, admit
 from protocol.catalogue import PAGE_SIZE, Head, scalars_of, sign_head
-from protocol.channel import CHUNK_BYTES, CODE_KEY
+from protocol.channel import CHUNK_BYTES, CODE_KEY, RETRY_KEY
 from protocol.codec import format_decimal
 from protocol.encryption import STD128
 from protocol.errors import FormatError, IncompatibleSpecification, QuotaExceeded, StaleCatalogue, UsageError, VeilmartError
@@ -51,6 +51,8 @@ ADAPTER_S = 120.0
 QUERIES_AT_ONCE = 32  # bodies held in memory; more are refused, not queued
 QUERIES_A_PASS = 8  # share a pass over the tiles; each takes 64 kB of memory for a baby step
 REFRESH_S = 0.5
+RETRY_S = 1  # told to whom a limit turned away
+UNSENT_BYTES = 64 << 20  # answers that their queriers have not read yet; beyond them new queries are refused
 UPLOADS_AT_ONCE = 8
 ENTRIES_A_READ = 256
 ROWS_A_READ = PAGE_SIZE  # together one chunk
@@ -67,7 +69,8 @@ async def refuse(context: grpc.aio.ServicerContext, error: Exception) -> None:
         if isinstance(error, kind):
             hint = f" ({error.hint})" if isinstance(error, VeilmartError) and error.hint else ""
             code = error.code if isinstance(error, VeilmartError) else kind.code
-            await context.abort(status, f"{error}{hint}"[:MAX_DETAILS], trailing_metadata=((CODE_KEY, code),))
+            later = ((RETRY_KEY, str(RETRY_S)),) if isinstance(error, QuotaExceeded) else ()
+            await context.abort(status, f"{error}{hint}"[:MAX_DETAILS], trailing_metadata=((CODE_KEY, code), *later))
     if isinstance(error, TimeoutError):
         await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the request did not arrive in time")
     incident = secrets.token_hex(8)
@@ -169,11 +172,13 @@ class MarketService(MarketServicer):
         self._indexing = ThreadPoolExecutor(1, "index")
         self._matching = ThreadPoolExecutor(1, "match")
         self._matching.submit(self._matcher.warm_up)
+        self._indexing.submit(self._first_index)
         self._refreshing: asyncio.Task[None] | None = None
         self._news = True
         self._waiting_lock = threading.Lock()
         self._waiting: dict[bytes, list[tuple[Version, bytes, asyncio.Future[Any]]]] = {}
         self._queries = asyncio.Semaphore(QUERIES_AT_ONCE)
+        self._unsent = 0
         self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
 
     def close(self) -> None:
@@ -298,17 +303,21 @@ class MarketService(MarketServicer):
     async def Match(self, request: AsyncIterator[pb.MatchChunk], context: Any) -> AsyncIterator[pb.ScoresChunk]:
         """Answer an encrypted query."""
         del context
-        if self._queries.locked():
+        if self._queries.locked() or self._unsent > UNSENT_BYTES:
             raise QuotaExceeded("queries: too many at once", hint="try again in a second")
         async with self._queries:
             first, query = await self._receive_query(request)
             answer = await self._answer(first.catalogue_size, bytes(first.catalogue_head), query)
-        for start in range(0, len(answer.data), CHUNK_BYTES):
-            data = answer.data[start : start + CHUNK_BYTES]
-            if start + CHUNK_BYTES < len(answer.data):
-                yield pb.ScoresChunk(data=data)
-            else:
-                yield pb.ScoresChunk(data=data, server_cpu_ns=answer.cpu_ns, index_digest=answer.index, signature=answer.signature)
+        self._unsent += len(answer.data)
+        try:
+            for start in range(0, len(answer.data), CHUNK_BYTES):
+                data = answer.data[start : start + CHUNK_BYTES]
+                if start + CHUNK_BYTES < len(answer.data):
+                    yield pb.ScoresChunk(data=data)
+                else:
+                    yield pb.ScoresChunk(data=data, server_cpu_ns=answer.cpu_ns, index_digest=answer.index, signature=answer.signature)
+        finally:
+            self._unsent -= len(answer.data)
 
     async def _answer(self, size: int, state: bytes, query: bytes) -> MatchAnswer:
         """Return the answer to a query; those that wait for the same index share one pass over its tiles."""
@@ -338,6 +347,12 @@ class MarketService(MarketServicer):
             results = [error] * len(batch)
         for (_, _, answered), result in zip(batch, results, strict=True):
             loop.call_soon_threadsafe(_settle, answered, result)
+
+    def _first_index(self) -> None:
+        try:
+            self._matcher.index.refresh()
+        except Exception as error:
+            log.error("index not built kind=%s", type(error).__name__, exc_info=error)
 
     def _refresh_soon(self) -> None:
         """Have the newest index built in a while, however many releases come until then."""
