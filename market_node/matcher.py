@@ -1,43 +1,37 @@
-"""Encrypted matching: the index of the current catalogue, and answers computed on ciphertext alone."""
+"""Encrypted matching: answers computed on ciphertext alone, each signed."""
 
 from __future__ import annotations
 
-import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
+from market_node.index import MarketIndex, Version
 from market_node.store import Store
-from protocol.catalogue import centred_means
-from protocol.errors import StaleCatalogue
+from protocol.errors import VeilmartError
 from protocol.features import FeatureMap
-from protocol.release import open_envelope
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from protocol.evaluation import EncodedIndex
+from protocol.proof import sign_statement, statement_of
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Encrypted scores, and the CPU time they took."""
+    """Encrypted scores, what the market says about them, and the CPU time they took."""
 
     data: bytes
+    index: bytes  # digest
+    signature: bytes
     cpu_ns: int
 
 
 class Matcher:
-    """Answers encrypted queries against the newest catalogue; thread-safe.  It never holds a secret of a query."""
+    """Answers encrypted queries; thread-safe.  It never holds a secret of a query."""
 
-    def __init__(self, store: Store, feature_map: FeatureMap) -> None:
-        self._store, self._map = store, feature_map
-        self._lock = threading.Lock()
-        self._rows: NDArray[np.float64] = np.zeros((0, feature_map.dimension))
-        self._index: EncodedIndex | None = None
-        self._head = b""
+    def __init__(self, store: Store, feature_map: FeatureMap, market_key: Any) -> None:
+        self._map, self._key = feature_map, market_key
+        self.index = MarketIndex(store, feature_map, store.home / "index" / feature_map.map_id.hex()[:32])
 
     def warm_up(self) -> None:
         """Compile the kernels now, seconds on a new machine, rather than while the first querier waits."""
@@ -48,34 +42,29 @@ class Matcher:
         query = EncryptedQuery.from_bytes(bytes(plan.parameters.query_bytes), plan)
         evaluate(EncodedIndex.build(np.zeros((1, self._map.dimension)), plan), query)
 
-    def answer(self, size: int, head: bytes, query: bytes) -> Answer:
-        """Return the encrypted scores of all releases of the catalogue at (size, head).
+    def answer(self, version: Version, queries: Sequence[bytes]) -> list[Answer | VeilmartError]:
+        """Return for each query the signed scores of all releases of a version, or FormatError for bytes that are no query.
 
-        Raises StaleCatalogue for another state of the catalogue, FormatError for bytes that are no query.
+        All share one pass over the tiles; what each is told to have cost is its share.
         """
         from protocol.encryption import EncryptedQuery
-        from protocol.evaluation import evaluate
+        from protocol.evaluation import evaluate_many
 
-        index = self._current(size, head)
         started = time.thread_time_ns()
-        scores = evaluate(index, EncryptedQuery.from_bytes(query, index.plan))
-        return Answer(scores.to_bytes(), time.thread_time_ns() - started)
-
-    def _current(self, size: int, head: bytes) -> EncodedIndex:
-        from protocol.encryption import MatchPlan
-        from protocol.evaluation import EncodedIndex
-
-        with self._lock:
-            newest = self._store.head()
-            if (size, head) != (newest.size, newest.digest) or not size:
-                raise StaleCatalogue(
-                    f"catalogue: the query was made for {size} releases, there are {newest.size}", hint="sync and ask again"
-                )
-            if self._head != newest.digest or self._index is None:
-                known = len(self._rows)
-                envelopes = self._store.envelopes(known, size)
-                new = centred_means([open_envelope(envelope).specification for envelope in envelopes], self._map)
-                self._rows = np.concatenate([self._rows, new])
-                self._index = EncodedIndex.build(self._rows, MatchPlan.build(size, self._map.dimension), self._index)
-                self._head = newest.digest
-            return self._index
+        results: list[Answer | VeilmartError] = []
+        parsed: list[EncryptedQuery] = []
+        places: list[int] = []
+        for place, query in enumerate(queries):
+            try:
+                parsed.append(EncryptedQuery.from_bytes(query, version.index.plan))
+                places.append(place)
+                results.append(VeilmartError("not answered"))
+            except VeilmartError as error:
+                results.append(error)
+        scores = evaluate_many(version.index, parsed)
+        cpu_ns = (time.thread_time_ns() - started) // max(len(parsed), 1)
+        for place, one in zip(places, scores, strict=True):
+            data = one.to_bytes()
+            statement = statement_of(queries[place], self._map.map_id, version.head, version.digest, data)
+            results[place] = Answer(data, version.digest, sign_statement(statement, self._key), cpu_ns)
+        return results

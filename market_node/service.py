@@ -6,18 +6,21 @@ import asyncio
 import functools
 import logging
 import secrets
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import grpc
 
+from market_node.index import Version
+from market_node.matcher import Answer as MatchAnswer
 from market_node.matcher import Matcher
 from market_node.store import AdapterUpload, Store, read_chunks
 from protocol import errors
 from protocol.admission import AdmissionPolicy, admit
 from protocol.catalogue import PAGE_SIZE, Head, scalars_of, sign_head
-from protocol.channel import CHUNK_BYTES, CODE_KEY
+from protocol.channel import CHUNK_BYTES, CODE_KEY, RETRY_KEY
 from protocol.codec import format_decimal
 from protocol.encryption import STD128
 from protocol.errors import FormatError, IncompatibleSpecification, QuotaExceeded, StaleCatalogue, UsageError, VeilmartError
@@ -46,6 +49,10 @@ STATUSES: tuple[tuple[type[VeilmartError], grpc.StatusCode], ...] = (
 UPLOAD_S = 30.0  # a query must have arrived by then
 ADAPTER_S = 120.0
 QUERIES_AT_ONCE = 32  # bodies held in memory; more are refused, not queued
+QUERIES_A_PASS = 8  # share a pass over the tiles; each takes 64 kB of memory for a baby step
+REFRESH_S = 0.5
+RETRY_S = 1  # told to whom a limit turned away
+UNSENT_BYTES = 64 << 20  # answers that their queriers have not read yet; beyond them new queries are refused
 UPLOADS_AT_ONCE = 8
 ENTRIES_A_READ = 256
 ROWS_A_READ = PAGE_SIZE  # together one chunk
@@ -62,7 +69,8 @@ async def refuse(context: grpc.aio.ServicerContext, error: Exception) -> None:
         if isinstance(error, kind):
             hint = f" ({error.hint})" if isinstance(error, VeilmartError) and error.hint else ""
             code = error.code if isinstance(error, VeilmartError) else kind.code
-            await context.abort(status, f"{error}{hint}"[:MAX_DETAILS], trailing_metadata=((CODE_KEY, code),))
+            later = ((RETRY_KEY, str(RETRY_S)),) if isinstance(error, QuotaExceeded) else ()
+            await context.abort(status, f"{error}{hint}"[:MAX_DETAILS], trailing_metadata=((CODE_KEY, code), *later))
     if isinstance(error, TimeoutError):
         await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the request did not arrive in time")
     incident = secrets.token_hex(8)
@@ -132,6 +140,15 @@ def message_of(head: Head) -> pb.SignedHead:
     )
 
 
+def _settle(answered: asyncio.Future[Any], result: object) -> None:
+    if answered.done():
+        return
+    if isinstance(result, Exception):
+        answered.set_exception(result)
+    else:
+        answered.set_result(result)
+
+
 def _reads(pages: Sequence[int], known: int, size: int) -> Iterator[tuple[int, int]]:
     for page in pages:
         stop = min((page + 1) * PAGE_SIZE, size)
@@ -148,16 +165,27 @@ class MarketService(MarketServicer):
         self._store, self._map, self._key, self._simulation = store, feature_map, market_key, simulation
         self._policy = policy or AdmissionPolicy()
         self._public = market_key.public_key().public_bytes_raw()
-        self._matcher = Matcher(store, feature_map)
-        # One thread writes and reads the store; one evaluates.  The event loop never waits for disk or arithmetic.
+        self._matcher = Matcher(store, feature_map, market_key)
+        # One thread writes and reads the store, one encodes, one evaluates: neither the event loop nor a query whose index is there waits
+        # for disk or encoding.
         self._storing = ThreadPoolExecutor(1, "store")
+        self._indexing = ThreadPoolExecutor(1, "index")
         self._matching = ThreadPoolExecutor(1, "match")
         self._matching.submit(self._matcher.warm_up)
+        self._indexing.submit(self._first_index)
+        self._refreshing: asyncio.Task[None] | None = None
+        self._news = True
+        self._waiting_lock = threading.Lock()
+        self._waiting: dict[bytes, list[tuple[Version, bytes, asyncio.Future[Any]]]] = {}
         self._queries = asyncio.Semaphore(QUERIES_AT_ONCE)
+        self._unsent = 0
         self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
 
     def close(self) -> None:
         """Stop the threads."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+        self._indexing.shutdown(cancel_futures=True)
         self._matching.shutdown(cancel_futures=True)
         self._storing.shutdown()
 
@@ -193,6 +221,7 @@ class MarketService(MarketServicer):
         scalars = scalars_of(release, self._map)
         admit(release.specification, self._policy)
         stored = await self._store_call(self._store.append, release, bytes(request.envelope), scalars)
+        self._refresh_soon()
         log.info("published release=%s position=%d size_bytes=%d", release.release_id.hex()[:16], stored.position, len(request.envelope))
         return pb.Receipt(release_id=release.release_id, index=stored.position, head=self._signed(stored.head))
 
@@ -274,16 +303,71 @@ class MarketService(MarketServicer):
     async def Match(self, request: AsyncIterator[pb.MatchChunk], context: Any) -> AsyncIterator[pb.ScoresChunk]:
         """Answer an encrypted query."""
         del context
-        if self._queries.locked():
+        if self._queries.locked() or self._unsent > UNSENT_BYTES:
             raise QuotaExceeded("queries: too many at once", hint="try again in a second")
         async with self._queries:
             first, query = await self._receive_query(request)
-            loop = asyncio.get_running_loop()
-            work = functools.partial(self._matcher.answer, first.catalogue_size, bytes(first.catalogue_head), query)
-            answer = await loop.run_in_executor(self._matching, work)
-        for start in range(0, len(answer.data), CHUNK_BYTES):
-            last = start + CHUNK_BYTES >= len(answer.data)
-            yield pb.ScoresChunk(data=answer.data[start : start + CHUNK_BYTES], server_cpu_ns=answer.cpu_ns if last else 0)
+            answer = await self._answer(first.catalogue_size, bytes(first.catalogue_head), query)
+        self._unsent += len(answer.data)
+        try:
+            for start in range(0, len(answer.data), CHUNK_BYTES):
+                data = answer.data[start : start + CHUNK_BYTES]
+                if start + CHUNK_BYTES < len(answer.data):
+                    yield pb.ScoresChunk(data=data)
+                else:
+                    yield pb.ScoresChunk(data=data, server_cpu_ns=answer.cpu_ns, index_digest=answer.index, signature=answer.signature)
+        finally:
+            self._unsent -= len(answer.data)
+
+    async def _answer(self, size: int, state: bytes, query: bytes) -> MatchAnswer:
+        """Return the answer to a query; those that wait for the same index share one pass over its tiles."""
+        loop = asyncio.get_running_loop()
+        index = self._matcher.index
+        version = index.held(size, state)
+        if version is None:
+            version = await loop.run_in_executor(self._indexing, index.build, size, state)
+        answered: asyncio.Future[MatchAnswer] = loop.create_future()
+        with self._waiting_lock:
+            self._waiting.setdefault(version.digest, []).append((version, query, answered))
+        # One pass for each query is queued; the first that gets its turn takes all that wait, and the others find nothing left.
+        loop.run_in_executor(self._matching, self._pass, version.digest, loop)
+        return await answered
+
+    def _pass(self, digest: bytes, loop: asyncio.AbstractEventLoop) -> None:
+        with self._waiting_lock:
+            waiting = self._waiting.pop(digest, [])
+            if len(waiting) > QUERIES_A_PASS:
+                self._waiting[digest] = waiting[QUERIES_A_PASS:]
+        batch = [entry for entry in waiting[:QUERIES_A_PASS] if not entry[2].done()]  # without queriers that went away
+        if not batch:
+            return
+        try:
+            results: Sequence[MatchAnswer | Exception] = self._matcher.answer(batch[0][0], [query for _, query, _ in batch])
+        except Exception as error:  # noqa: BLE001 - told to each of them, and answered as an incident
+            results = [error] * len(batch)
+        for (_, _, answered), result in zip(batch, results, strict=True):
+            loop.call_soon_threadsafe(_settle, answered, result)
+
+    def _first_index(self) -> None:
+        try:
+            self._matcher.index.refresh()
+        except Exception as error:
+            log.error("index not built kind=%s", type(error).__name__, exc_info=error)
+
+    def _refresh_soon(self) -> None:
+        """Have the newest index built in a while, however many releases come until then."""
+        self._news = True
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.get_running_loop().create_task(self._refresh())
+
+    async def _refresh(self) -> None:
+        while self._news:
+            self._news = False
+            await asyncio.sleep(REFRESH_S)
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._indexing, self._matcher.index.refresh)
+            except VeilmartError as error:
+                log.error("index not refreshed code=%s", error.code)
 
     async def _receive_query(self, chunks: AsyncIterator[pb.MatchChunk]) -> tuple[pb.MatchChunk, bytes]:
         first: pb.MatchChunk | None = None

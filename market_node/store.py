@@ -65,8 +65,9 @@ class Stored:
 class Store:
     """All that a market keeps.  One writer; readers at any time."""
 
-    def __init__(self, engine: Engine, adapters: Path) -> None:
-        self._engine, self._adapters = engine, adapters
+    def __init__(self, engine: Engine, home: Path) -> None:
+        self.home = home
+        self._engine, self._adapters = engine, home / "adapters"
         self._writing = engine.execution_options(veilmart_writes=True)
 
     @classmethod
@@ -88,7 +89,7 @@ class Store:
                 f"{home / 'market.db'}: expected a catalogue of version 2, got an older one", hint="start in a new folder and publish again"
             )
         METADATA.create_all(engine)
-        return cls(engine, adapters)
+        return cls(engine, home)
 
     def close(self) -> None:
         """Close all connections."""

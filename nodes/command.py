@@ -392,6 +392,10 @@ def find(
     market: MarketAddress,
     ca: Authority,
     mirror: Annotated[bool, typer.Option("--mirror", help="Fetch all specifications and match here: nothing of the task leaves.")] = False,
+    auto: Annotated[bool, typer.Option("--auto", help="Choose --mirror or the encrypted query, whichever moves fewer bytes.")] = False,
+    keep_proof: Annotated[
+        Path | None, typer.Option("--keep-proof", help="Keep query and signed answer, for `verify answer`; no key and no task is in it.")
+    ] = None,
     all_cards: Annotated[bool, typer.Option("--all-cards", help="Fetch the names of all releases, not only pages of those shown.")] = False,
     base_model: Annotated[str, typer.Option("--base-model", metavar="HEX", help="Only releases for this base model (first digits).")] = "",
     licence: Annotated[str | None, typer.Option("--licence", help="Only adapters under exactly this licence.")] = None,
@@ -412,16 +416,20 @@ def find(
     """
     from nodes import console
     from nodes.market_client import MarketClient
-    from nodes.query import Filters, find_encrypted, find_in_mirror, prices, sketch_task
+    from nodes.query import Filters, find_encrypted, find_in_mirror, mirror_is_cheaper, prices, sketch_task
     from nodes.records import read_records
     from protocol.catalogue import PAGE_SIZE
     from protocol.features import open_map
+    from protocol.keys import write_durably
     from protocol.scoring import Verdict
 
+    if mirror and (auto or keep_proof):
+        raise UsageError("find: --mirror asks the market nothing that could be proved, and leaves nothing to choose")
     filters = Filters(base_model, licence, max_bytes, epsilon_at_most)
     records, feature_map = read_records(file), open_map(which_map)
     with MarketClient(market, ca, home) as client:
-        client.describe()  # before the model is loaded: is the market there?
+        size = client.describe().head.size  # before the model is loaded: is the market there?
+    mirror = mirror or (auto and not keep_proof and mirror_is_cheaper(size, feature_map.dimension))
     # No call is open while the texts are read: the time that takes would tell how many there are.
     sketch = sketch_task(records, _open_model(home, base), feature_map)
     with MarketClient(market, ca, home) as client:
@@ -429,7 +437,9 @@ def find(
             found = find_in_mirror(sketch, client, feature_map, filters)
         else:
             found = find_encrypted(sketch, client, feature_map, filters, top=top, all_cards=all_cards)
-        price = prices(found.catalogue)
+        price = prices(found.catalogue.head.size, feature_map.dimension)
+    if keep_proof is not None and found.exchange is not None:
+        write_durably(keep_proof, found.exchange.proof.to_bytes())
     shown = found.ranking.matches[:top]
     result: dict[str, Any] = {
         "schema": "veilmart.find/1",
@@ -447,6 +457,7 @@ def find(
             for match in shown
         ],
         "price_bytes": price,
+        "proof": str(keep_proof) if keep_proof and found.exchange else None,
         "bytes": {"sent": client.traffic.sent, "received": client.traffic.received},
     }  # fmt: skip
     matched = found.ranking.verdict is Verdict.MATCH
@@ -477,6 +488,69 @@ def find(
         if not (as_json or quiet):
             console.say(_why_not(found, sketch.size, sketch.views))
         raise typer.Exit(NotFound.exit_code)
+
+
+def catalogue_export(
+    home: Home,
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")],
+    market: MarketAddress,
+    ca: Authority,
+    which_map: Map = "kme-lin-96",
+    as_json: Json = False,
+) -> None:
+    """Write all releases of a market into one file, every signature, row and card verified: what `verify answer` works on.
+
+    Example: veilmart catalogue export -o market.releases --market 127.0.0.1:7443 --ca ca.crt
+    """
+    from nodes.market_client import MarketClient
+    from protocol.features import open_map
+    from protocol.keys import write_durably
+    from protocol.proof import pack_releases
+
+    with MarketClient(market, ca, home) as client:
+        envelopes = client.envelopes(open_map(which_map))
+    write_durably(out, pack_releases(envelopes), 0o644)
+    result = {"schema": "veilmart.export/1", "file": str(out), "releases": len(envelopes)}
+    _print(result, as_json, [f"{out}: {len(envelopes)} releases, as the market signed them"])
+
+
+def verify_answer(
+    home: Home,
+    file: Annotated[Path, typer.Argument(help="A proof of `veilmart find --keep-proof`.")],
+    releases: Annotated[Path | None, typer.Option("--releases", help="A file of `veilmart catalogue export`; needs no market.")] = None,
+    market: MaybeMarket = None,
+    ca: MaybeAuthority = None,
+    which_map: Map = "kme-lin-96",
+    as_json: Json = False,
+) -> None:
+    """Evaluate a kept query again and say whether the market's answer was right.  Exit code 7 if it is proven wrong, 2 if it is no proof.
+
+    Example: veilmart verify answer find.proof --releases market.releases
+    """
+    from nodes.market_client import MarketClient
+    from protocol.features import open_map
+    from protocol.proof import AnswerProof, Finding, judge, unpack_releases
+    from protocol.release import open_envelope
+
+    proof, feature_map = AnswerProof.from_bytes(_read(file)), open_map(which_map)
+    if releases is not None:
+        envelopes = unpack_releases(_read(releases))
+    elif market is not None and ca is not None:
+        with MarketClient(market, ca, home) as client:
+            if client.describe().market_key != proof.market_key:
+                raise UsageError(f"{file}: names the market of the key {proof.market_key.hex()[:16]}, which is not this one")
+            envelopes = client.envelopes(feature_map)
+    else:
+        raise UsageError("verify answer: expected --releases, or --market and --ca", hint="`veilmart catalogue export` writes the releases")
+    judgement = judge(proof, [open_envelope(envelope) for envelope in envelopes], feature_map)
+    result = {
+        "schema": "veilmart.judgement/1", "finding": str(judgement.finding), "reason": judgement.reason,
+        "market_key": proof.market_key.hex(), "releases": proof.head.size,
+    }  # fmt: skip
+    _print(result, as_json, [f"{judgement.finding}: {judgement.reason}", f"market key {proof.market_key.hex()}"])
+    exit_code = {Finding.HONEST: 0, Finding.WRONG: 7, Finding.NO_PROOF: 2}[judgement.finding]
+    if exit_code:
+        raise typer.Exit(exit_code)
 
 
 def pull(
@@ -712,6 +786,13 @@ def _show_map(feature_map: FeatureMap, as_json: bool) -> None:
     _print(result, as_json, lines)
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+
+
 def _population(name: str) -> str:
     from nodes.ledger import POPULATION
 
@@ -849,6 +930,8 @@ def register(app: typer.Typer) -> None:
                 "repair": node_repair,
             },
         ),
+        ("catalogue", "A market's releases as a file.", {"export": catalogue_export}),
+        ("verify", "Check what a market signed, from files alone.", {"answer": verify_answer}),
         ("model", "Base models.", {"import": model_import}),
         ("map", "Feature maps.", {"fit": map_fit, "show": map_show}),
     )

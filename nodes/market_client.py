@@ -42,6 +42,7 @@ from protocol.errors import (
 )
 from protocol.features import FeatureMap
 from protocol.keys import write_durably
+from protocol.proof import AnswerProof, verify_statement
 from protocol.release import MAX_ADAPTER_BYTES, MAX_ENVELOPE_BYTES, AdapterReference, Release, open_envelope
 from protocol.wire import market_pb2 as pb
 from protocol.wire.market_pb2_grpc import MarketStub
@@ -70,6 +71,14 @@ class Mirror:
     catalogue: Catalogue  # under the market's signed head; rows of admitted releases only
     releases: tuple[Release, ...]
     refused: tuple[bytes, ...] = ()  # ids of releases that the market holds against its own policy
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """An encrypted query, its answer and the market's signature under both; the CPU time that the market says it took."""
+
+    proof: AnswerProof
+    server_cpu_ms: float
 
 
 @dataclass
@@ -172,30 +181,38 @@ class MarketClient:
             raise InvalidAdapter(f"adapter: expected the digest {reference.digest.hex()[:16]} of its release, got other bytes")
         return bytes(data)
 
-    def match(self, map_id: bytes, head: Head, query: bytes, answer_bytes: int) -> tuple[bytes, float]:
-        """Return the market's answer to an encrypted query, exactly `answer_bytes` long, and the CPU milliseconds it says it took.
+    def match(self, map_id: bytes, head: Head, query: bytes, answer_bytes: int) -> Exchange:
+        """Return the market's answer to an encrypted query, exactly `answer_bytes` long, with the market's signature verified.
 
-        Raises StaleCatalogue if the catalogue is not at `head` any more.
+        Raises StaleCatalogue if the catalogue is not at `head` any more, InvalidSignature for an answer that the market did not sign as one
+        to this query at this head: it is used for nothing then, and the market is not told.
         """
+        market_key = self._pin.read_bytes() if self._pin.exists() else self.describe().market_key
 
         def chunks() -> Iterator[Any]:
             yield pb.MatchChunk(profile=STD128.name, map_id=map_id, catalogue_size=head.size, catalogue_head=head.digest)
             for start in range(0, len(query), CHUNK_BYTES):
                 yield pb.MatchChunk(data=query[start : start + CHUNK_BYTES])
 
-        answer, cpu_ns = bytearray(), 0
+        answer, last = bytearray(), pb.ScoresChunk()
 
         def collect() -> None:
-            nonlocal cpu_ns
+            nonlocal last
             for chunk in self._stub.Match(chunks(), timeout=CALL_TIMEOUT_S):
                 answer.extend(chunk.data)
-                cpu_ns = int(chunk.server_cpu_ns)
+                last = chunk
                 if len(answer) > answer_bytes:
                     raise FormatError(f"encrypted scores: expected {answer_bytes} bytes, got more")
 
         self._call(collect)
         self.traffic.count("query", len(query), len(answer))
-        return bytes(answer), cpu_ns / 1e6
+        if len(answer) != answer_bytes or len(last.index_digest) != 32:
+            raise FormatError(f"encrypted scores: expected {answer_bytes} bytes and the digest of an index, got {len(answer)}")
+        proof = AnswerProof(
+            market_key, map_id, STD128.name, head, bytes(last.index_digest), query, bytes(answer), bytes(last.signature)
+        )  # fmt: skip
+        verify_statement(proof.statement, proof.signature, market_key)
+        return Exchange(proof, int(last.server_cpu_ns) / 1e6)
 
     def sync(self, feature_map: FeatureMap, *, all_cards: bool = False) -> Catalogue:
         """Return the public scalars of all releases, fetching only what is new since the last time: 16 bytes a release.
@@ -279,6 +296,10 @@ class MarketClient:
             return Mirror(catalogue, releases)
         refused = tuple(release.release_id for i, release in enumerate(releases) if i not in set(kept))
         return Mirror(catalogue.only(kept), tuple(releases[i] for i in kept), refused)
+
+    def envelopes(self, feature_map: FeatureMap) -> list[bytes]:
+        """Return the envelopes of all releases in the order of the catalogue, every one verified."""
+        return self._releases(self._accepting(feature_map), feature_map)[0]
 
     def releases_of(self, owner: bytes, feature_map: FeatureMap) -> list[bytes]:
         """Return the envelopes of all releases of one owner, from the whole catalogue: a market that leaves one out breaks its own chain.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from nodes.market_client import MarketClient, Mirror
+from nodes.market_client import Exchange, MarketClient, Mirror
 from nodes.records import Prompt, Record
 from protocol.catalogue import PAGE_SIZE, ROW, Catalogue, Terms, centred_means
 from protocol.errors import StaleCatalogue, UsageError
@@ -77,7 +77,12 @@ class Found:
     ranking: Ranking
     scores: Scores
     catalogue: Catalogue
-    server_cpu_ms: float | None = None  # CPU time of the market's evaluation, as the market tells it
+    exchange: Exchange | None = None  # with the market, of an encrypted query
+
+    @property
+    def server_cpu_ms(self) -> float | None:
+        """CPU time of the market's evaluation, as the market tells it."""
+        return self.exchange.server_cpu_ms if self.exchange else None
 
     def position_of(self, match: Match) -> int:
         """Return where a match stands in the catalogue, whether its card was fetched or not."""
@@ -122,36 +127,40 @@ def find_encrypted(
         key = QueryKey.fresh(plan)
         query = key.encrypt(sketch.centred_mean).to_bytes()
         try:
-            answer, server_cpu_ms = client.match(feature_map.map_id, catalogue.head, query, plan.answer_bytes)
+            exchange = client.match(feature_map.map_id, catalogue.head, query, plan.answer_bytes)
         except StaleCatalogue:
             continue
         # Rows hold both views whatever the query; its own zeros leave out the second.
         norms = np.sqrt(np.maximum(catalogue.columns(len(VIEWS)).norms_squared, 0.0))
-        products = key.decrypt(answer, norms)
+        products = key.decrypt(exchange.proof.answer, norms)
         scores = score(products, catalogue.columns(sketch.views), sketch, feature_map)
         kept = filters.positions(catalogue)
         catalogue = client.with_cards(catalogue, kept[np.argsort(-scores.llr[kept], kind="stable")[:top]].tolist())
-        return _ranked(products, catalogue, sketch, filters, server_cpu_ms)
+        return _ranked(products, catalogue, sketch, filters, exchange)
     raise StaleCatalogue("catalogue: it changed during each of several queries", hint="try again in a moment")
 
 
-def prices(catalogue: Catalogue) -> dict[str, int]:
-    """Return the bytes that either way of matching moves for a catalogue of this size, nothing known beforehand."""
+def prices(size: int, dimension: int) -> dict[str, int]:
+    """Return the bytes that either way of matching moves for a catalogue of so many releases, nothing known beforehand."""
     from protocol.encryption import STD128, MatchPlan
 
-    size = catalogue.head.size
     if not size:
         return {"mirror": 0, "encrypted": 0}
-    rows = ROW.itemsize * size + sum(len(terms.body) for terms in catalogue.terms)
     cards = TYPICAL_CARD_BYTES * min(size, PAGE_SIZE)  # one page, as long as the candidates stand on one
-    answer = MatchPlan.build(size, catalogue.feature_map.dimension).answer_bytes
-    return {"mirror": size * TYPICAL_ENVELOPE_BYTES, "encrypted": rows + cards + STD128.query_bytes + answer}
+    answer = MatchPlan.build(size, dimension).answer_bytes
+    return {"mirror": size * TYPICAL_ENVELOPE_BYTES, "encrypted": size * ROW.itemsize + cards + STD128.query_bytes + answer}
+
+
+def mirror_is_cheaper(size: int, dimension: int) -> bool:
+    """Return whether a mirror moves no more bytes than an encrypted query; public numbers alone decide."""
+    price = prices(size, dimension)
+    return price["mirror"] <= price["encrypted"]
 
 
 def _ranked(
-    products: NDArray[np.float64], catalogue: Catalogue, sketch: Sketch, filters: Filters, server_cpu_ms: float | None = None
+    products: NDArray[np.float64], catalogue: Catalogue, sketch: Sketch, filters: Filters, exchange: Exchange | None = None
 ) -> Found:
     kept = filters.positions(catalogue)
     catalogue = catalogue.only(kept.tolist())
     scores = score(products[kept], catalogue.columns(sketch.views), sketch, catalogue.feature_map)
-    return Found(rank(scores, catalogue, sketch), scores, catalogue, server_cpu_ms)
+    return Found(rank(scores, catalogue, sketch), scores, catalogue, exchange)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 64 << 10
 CALL_TIMEOUT_S = 30.0
 CODE_KEY = "veilmart-code"
+RETRY_KEY = "retry-after"  # seconds, with a refusal by a limit
 OPTIONS = [
     ("grpc.max_receive_message_length", 4 << 20),
     ("grpc.max_send_message_length", 4 << 20),
@@ -48,10 +49,11 @@ def error_from_status(error: Any) -> VeilmartError:
             f"market: no answer ({status.name.lower().replace('_', ' ')})",
             hint="is `veilmart market up` running, and is --ca its certificate?",
         )
-    named = dict(error.trailing_metadata() or ()).get(CODE_KEY, "")
+    trailing = dict(error.trailing_metadata() or ())
+    named, later = trailing.get(CODE_KEY, ""), str(trailing.get(RETRY_KEY, ""))
     for candidate in _error_classes(VeilmartError):
         if candidate.code == named and candidate is not errors.BudgetSpent:  # a budget belongs to a node and never crosses the wire
-            return candidate(details)
+            return candidate(details, hint=f"try again in {int(later[:4])} s") if later[:4].isdecimal() else candidate(details)
     return VeilmartError(f"market: {status.name.lower()}: {details[:200]}")
 
 

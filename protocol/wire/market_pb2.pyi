@@ -392,7 +392,7 @@ class MatchChunk(google.protobuf.message.Message):
     catalogue_size: builtins.int
     """first chunk"""
     catalogue_head: builtins.bytes
-    """first chunk: the head the querier synced"""
+    """first chunk: the state the querier synced, SHA-256 of what its head signs"""
     data: builtins.bytes
     """at most 64 KiB"""
     def __init__(
@@ -414,16 +414,24 @@ class ScoresChunk(google.protobuf.message.Message):
 
     DATA_FIELD_NUMBER: builtins.int
     SERVER_CPU_NS_FIELD_NUMBER: builtins.int
+    INDEX_DIGEST_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
     data: builtins.bytes
     """at most 64 KiB"""
     server_cpu_ns: builtins.int
     """last chunk: CPU time of the evaluation, for the price list"""
+    index_digest: builtins.bytes
+    """last chunk: SHA-256 over plan and tiles, 32 bytes"""
+    signature: builtins.bytes
+    """last chunk: Ed25519 over query, map, state, index and answer (docs/protocol.md 7.11)"""
     def __init__(
         self,
         *,
         data: builtins.bytes = ...,
         server_cpu_ns: builtins.int = ...,
+        index_digest: builtins.bytes = ...,
+        signature: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data", "server_cpu_ns", b"server_cpu_ns"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "index_digest", b"index_digest", "server_cpu_ns", b"server_cpu_ns", "signature", b"signature"]) -> None: ...
 
 Global___ScoresChunk: typing_extensions.TypeAlias = ScoresChunk

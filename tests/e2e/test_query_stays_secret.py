@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from nodes.market_client import MarketClient
 from nodes.query import find_encrypted
-from protocol.encryption import STD128
+from protocol.encryption import STD128, MatchPlan
 from protocol.features import default_map
 from protocol.scoring import sketch_of
 from tests.e2e.processes import market_process, memory_of
@@ -96,6 +96,7 @@ def test_a_build_that_logs_queries_is_caught_by_that_scan(tmp_path):
         MarketClient(started["address"], Path(started["ca"]), tmp_path / "q") as client,
     ):
         publish_releases(client)
-        client.match(MAP.map_id, client.sync(MAP).head, clear, 1 << 20)  # packed words are a ciphertext, whatever they say
+        size = MatchPlan.build(RELEASES, MAP.dimension).answer_bytes
+        client.match(MAP.map_id, client.sync(MAP).head, clear, size)  # packed words are a ciphertext, whatever they say
         assert seen_in_memory(process.pid, secrets_of(secret))
     assert secret.astype("<f8").tobytes()[:8].hex() in (tmp_path / "market" / "market.log").read_text()

@@ -49,10 +49,10 @@ def running_market(
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(main()), daemon=True)
     thread.start()
-    assert started.wait(20)
+    assert started.wait(60)
     try:
         yield made["address"], identity.ca_file, made["store"]
     finally:
         loop.call_soon_threadsafe(made["stop"].set)
-        thread.join(20)
+        thread.join(120)  # the first start on a machine compiles the kernels
         loop.close()

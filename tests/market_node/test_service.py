@@ -13,7 +13,7 @@ from market_node import service as services
 from market_node.service import STATUSES
 from protocol.admission import AdmissionPolicy
 from protocol.catalogue import EMPTY_HEAD, Head, open_cards, open_rows, split_cards
-from protocol.channel import CHUNK_BYTES, CODE_KEY, connect
+from protocol.channel import CHUNK_BYTES, CODE_KEY, RETRY_KEY, connect
 from protocol.codec import canonical_json, domain_tag
 from protocol.encryption import STD128, MatchPlan, QueryKey
 from protocol.errors import VeilmartError
@@ -287,7 +287,11 @@ def test_a_query_beyond_the_last_place_is_refused_at_once(market, silence):
     first = pb.MatchChunk(profile=STD128.name, map_id=MAP.map_id)
     calls = [stub.Match(silence(first), timeout=10) for _ in range(services.QUERIES_AT_ONCE)]
     described(stub)  # the calls above went out first on this connection
-    assert refused(lambda: match(stub, data)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "quota")
+    with pytest.raises(grpc.RpcError) as caught:
+        match(stub, data)
+    trailing = dict(caught.value.trailing_metadata())
+    assert (caught.value.code(), trailing[CODE_KEY]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "quota")
+    assert int(trailing[RETRY_KEY]) >= 1, "seconds after which it is worth asking again"
     for call in calls:
         call.cancel()
 

@@ -32,7 +32,7 @@ def test_help_answers_in_half_a_second(tmp_path):
 
 COMMANDS = [
     "demo", "sim", "find", "pull", "ask", "market up", "node publish", "node ledger", "node backup", "node restore", "node repair",
-    "model import", "map fit", "map show",
+    "model import", "map fit", "map show", "catalogue export", "verify answer",
 ]  # fmt: skip
 
 
@@ -75,6 +75,10 @@ def test_wrong_input_gets_one_clear_error_and_its_exit_code(tmp_path):
         (7, ["map", "show", good], "veilmart/map/v2"),
         (2, ["model", "import", "--gguf", good], "SHA-256"),
         (2, ["frobnicate"], "frobnicate"),
+        (2, ["find", good, "--market", "127.0.0.1:9", "--ca", ca, "--mirror", "--auto"], "nothing to choose"),
+        (2, ["find", good, "--market", "127.0.0.1:9", "--ca", ca, "--base-model", "XYZ"], "hexadecimal"),
+        (2, ["verify", "answer", str(tmp_path / "none.proof")], "none.proof"),
+        (7, ["verify", "answer", good, "--releases", good], "veilmart/proof/v1"),
         (2, ["market", "up", "--port", "0", "--home", good], "good.jsonl"),
     ]
     for code, words, expected in cases:
