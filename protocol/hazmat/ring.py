@@ -386,7 +386,7 @@ def rotate(source: Doubles, permutation: Permutation, key: Doubles, ring: Switch
     _scaled(digits, data.degree_inverse, data.prime, data.reciprocal)
     # SEAL takes digits in [0, q).  Their mean of q / 2 is a polynomial whose value at the slots next to 1 is 2600, where the rest of the
     # digits comes to 37: there the noise of the key is 70 times larger.  Digits around zero are as valid and have no such slots: largest
-    # error of 60 keys and 64 rotations 1.6e-4 instead of 1.5e-3 (docs/decisions/0005-digits-around-zero.md).
+    # error of 60 keys and 64 rotations 1.6e-4 instead of 1.5e-3 (docs/decisions/0006-digits-around-zero.md).
     _centre(digits, data.prime)
     _forward(digits, special)
     _near_all(digits, special.prime, special.reciprocal)
