@@ -3,7 +3,7 @@
 Only additions, multiplications, divisions and square roots of doubles are used, each rounded by IEEE 754, in one fixed order; numba
 reorders and contracts nothing without being told to.  Roots of unity come from integers, not from a library's sine.
 tests/vectors/encoded_tile.json pins the result.  Importing this module imports numba (about a second).
-Source: Cheon, Kim, Kim, Song 2017 for the embedding; docs/decisions/0004-reproducible-tiles.md.
+Source: Cheon, Kim, Kim, Song 2017 for the embedding; docs/decisions/0005-reproducible-tiles.md.
 """
 
 from __future__ import annotations
