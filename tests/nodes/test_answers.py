@@ -19,7 +19,7 @@ from nodes.query import find_encrypted, mirror_is_cheaper, prices
 from protocol.catalogue import centred_means, scalars_of
 from protocol.encryption import STD128, MatchPlan, QueryKey
 from protocol.errors import FormatError, InvalidSignature, StaleCatalogue, VeilmartError
-from protocol.proof import AnswerProof, pack_releases, sign_statement, statement_of
+from protocol.proof import AnswerProof, Finding, judge, pack_releases, sign_statement, statement_of
 from protocol.release import open_envelope
 from protocol.scoring import sketch_of
 from tests.market_node.market import running_market
@@ -137,6 +137,21 @@ def test_a_kept_proof_convicts_a_liar_and_clears_an_honest_market(tmp_path, alte
     (tmp_path / "forged.proof").write_bytes(forged.to_bytes())
     assert verify(str(tmp_path / "forged.proof"), *files, home=tmp_path / "h")[0] == 2
     assert AnswerProof.from_bytes((tmp_path / "kept.proof").read_bytes()) == proof
+
+
+def answers_garbage(matcher, version, queries, answers):
+    return [resigned(matcher, version, q, a, b"\xa5" * len(a.data)) for q, a in zip(queries, answers, strict=True)]
+
+
+def test_an_implausible_answer_is_refused_and_kept_as_evidence(tmp_path):
+    market = running_market(tmp_path / "m", MAP, service_type=lying(answers_garbage))
+    with market as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        publish(client)
+        kept = []
+        with pytest.raises(FormatError, match="implausible"):
+            find_encrypted(SKETCH, client, MAP, on_exchange=kept.append)
+        releases = [open_envelope(envelope) for envelope in client.envelopes(MAP)]
+    assert judge(kept[0].proof, releases, MAP).finding is Finding.WRONG
 
 
 def test_a_release_that_comes_between_sync_and_query_costs_nothing(tmp_path):
