@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 DIGEST_BYTES = 32
 HEADER_BYTES = 2 * DIGEST_BYTES
+ENCODING = 1  # other words for the same rows, by a change of protocol/hazmat/embedding.py or of n~, need another number: files are old then
 VERSIONS_KEPT = 4
 RELEASES_BACK = 256  # a query for a state that is no older is answered, whatever was published since its sync
 
@@ -145,7 +146,7 @@ class MarketIndex:
 
     def _full_tiles(self, plan: MatchPlan) -> list[tuple[str, int, int]]:
         """Return name, first and last position of each full tile."""
-        layout = f"{plan.parameters.name} {plan.layout.value} {plan.dimension} {plan.groups} {plan.baby}"
+        layout = f"{ENCODING} {plan.parameters.name} {plan.layout.value} {plan.dimension} {plan.groups} {plan.baby}"
         named = []
         for start in range(0, plan.rows - plan.rows_per_tile + 1, plan.rows_per_tile):
             stop = start + plan.rows_per_tile
@@ -170,20 +171,19 @@ class MarketIndex:
             done = stop
         if done < state.size:
             tiles.append(self._tile(plan, done, state.size))
-        # What may be asked for next: rows of the staging tile, and as many before it as an older state can need.
-        keep_from = max(done - RELEASES_BACK, 0) // plan.rows_per_tile * plan.rows_per_tile
-        if keep_from > self._start:
-            self._start, self._rows = keep_from, self._rows[keep_from - self._start :]
         index = EncodedIndex(plan, tuple(tiles))
         return Version(state, index, index_digest(index))
 
     def _tile(self, plan: MatchPlan, start: int, stop: int) -> EncodedTile:
         from protocol.evaluation import EncodedIndex
 
-        return EncodedIndex.build(self._means(start, stop), replace(plan, rows=stop - start)).tiles[0]
+        return EncodedIndex.build(self._means(plan, start, stop), replace(plan, rows=stop - start)).tiles[0]
 
-    def _means(self, start: int, stop: int) -> NDArray[np.float64]:
-        """Return the rows of these positions, (stop - start, D)."""
+    def _means(self, plan: MatchPlan, start: int, stop: int) -> NDArray[np.float64]:
+        """Return the rows of these positions, (stop - start, D), and keep them, with as many before as an older state can need.
+
+        Two tiles of rows at most are kept, however large the catalogue is.
+        """
         if start < self._start:  # another layout: everything is encoded again
             return self._read(start, stop)
         end = self._start + len(self._rows)
@@ -191,6 +191,9 @@ class MarketIndex:
             self._start, self._rows, end = start, self._rows[:0], start
         if stop > end:
             self._rows = np.concatenate([self._rows, self._read(end, stop)])
+        keep_from = max(start - RELEASES_BACK, 0) // plan.rows_per_tile * plan.rows_per_tile
+        if keep_from > self._start:
+            self._start, self._rows = keep_from, self._rows[keep_from - self._start :].copy()  # a view would keep what was before
         return self._rows[start - self._start : stop - self._start]
 
     def _read(self, start: int, stop: int) -> NDArray[np.float64]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nodes.base_model import BaseModel
     from nodes.finetune import Recipe
     from nodes.guard import Plan
+    from nodes.market_client import Exchange
     from nodes.query import Found
     from protocol.admission import AdmissionPolicy
     from protocol.features import FeatureMap
@@ -425,6 +426,11 @@ def find(
 
     if mirror and (auto or keep_proof):
         raise UsageError("find: --mirror asks the market nothing that could be proved, and leaves nothing to choose")
+
+    def keep(exchange: Exchange) -> None:
+        if keep_proof is not None:
+            write_durably(keep_proof, exchange.proof.to_bytes())
+
     filters = Filters(base_model, licence, max_bytes, epsilon_at_most)
     records, feature_map = read_records(file), open_map(which_map)
     with MarketClient(market, ca, home) as client:
@@ -436,10 +442,8 @@ def find(
         if mirror:
             found = find_in_mirror(sketch, client, feature_map, filters)
         else:
-            found = find_encrypted(sketch, client, feature_map, filters, top=top, all_cards=all_cards)
+            found = find_encrypted(sketch, client, feature_map, filters, top=top, all_cards=all_cards, on_exchange=keep)
         price = prices(found.catalogue.head.size, feature_map.dimension)
-    if keep_proof is not None and found.exchange is not None:
-        write_durably(keep_proof, found.exchange.proof.to_bytes())
     shown = found.ranking.matches[:top]
     result: dict[str, Any] = {
         "schema": "veilmart.find/1",

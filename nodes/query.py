@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -109,12 +109,24 @@ def find_in_mirror(sketch: Sketch, client: MarketClient, feature_map: FeatureMap
     return _ranked(mirrored_products(mirror, sketch), mirror.catalogue, sketch, filters)
 
 
+def ignore_exchange(exchange: Exchange) -> None:
+    """Keep nothing."""
+
+
 def find_encrypted(
-    sketch: Sketch, client: MarketClient, feature_map: FeatureMap, filters: Filters = ANY, *, top: int = 5, all_cards: bool = False
+    sketch: Sketch,
+    client: MarketClient,
+    feature_map: FeatureMap,
+    filters: Filters = ANY,
+    *,
+    top: int = 5,
+    all_cards: bool = False,
+    on_exchange: Callable[[Exchange], None] = ignore_exchange,
 ) -> Found:
     """Return the ranking of an encrypted query: the market multiplies ciphertext, and only this process can decrypt.
 
-    The cards of the best `top` releases come with it, by whole pages, or all of them.
+    The cards of the best `top` releases come with it, by whole pages, or all of them.  `on_exchange` is given the signed answer before
+    anything of it is looked at: one that turns out to be implausible is the one to keep.
     A release that is published between sync and query may make the catalogue stale; then both are done again.
     """
     from protocol.encryption import MatchPlan, QueryKey
@@ -130,6 +142,7 @@ def find_encrypted(
             exchange = client.match(feature_map.map_id, catalogue.head, query, plan.answer_bytes)
         except StaleCatalogue:
             continue
+        on_exchange(exchange)
         # Rows hold both views whatever the query; its own zeros leave out the second.
         norms = np.sqrt(np.maximum(catalogue.columns(len(VIEWS)).norms_squared, 0.0))
         products = key.decrypt(exchange.proof.answer, norms)

@@ -36,7 +36,6 @@ TAG = domain_tag("catalogue", 2)
 TERMS = domain_tag("terms", 1)
 EMPTY_HEAD = bytes(32)
 PAGE_SIZE = 4096  # cards fetched together: the anonymity set of a candidate whose name is looked up
-MAX_TERMS = 1 << 20
 MAX_TERMS_BYTES = 4096
 ROW = np.dtype(
     [

@@ -14,15 +14,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from market_node.store import Store
 from nodes.market_client import MarketClient
+from nodes.query import find_encrypted, find_in_mirror
 from protocol.catalogue import Head, scalars_of
 from protocol.channel import CHUNK_BYTES, CODE_KEY, OPTIONS, RETRY_KEY, connect
 from protocol.encryption import STD128, MatchPlan, QueryKey
 from protocol.features import default_map
 from protocol.release import Card, sign_release
+from protocol.scoring import sketch_of
 from protocol.wire import market_pb2 as pb
 from protocol.wire.market_pb2_grpc import MarketStub
 from tests.e2e.processes import market_process
-from tests.protocol.worlds import release_of
+from tests.protocol.worlds import features, release_of
 
 pytestmark = pytest.mark.slow
 MAP = default_map()
@@ -40,7 +42,7 @@ def fill(home: Path, count: int) -> None:
     raw.close()
     for number in range(1, count + 1):
         sums = made.specification.noisy_sums.copy()
-        sums[1:] += rng.integers(-200_000, 200_000, MAP.dimension, dtype=np.int32)
+        sums[1:] += rng.integers(-100_000, 100_000, MAP.dimension, dtype=np.int32)
         specification = replace(made.specification, noisy_sums=sums)
         previous = bytes([1]) * 32 if number > 1 else b""
         release = replace(made, release_number=number, previous=previous, specification=specification, card=Card(f"owner-{number}"))
@@ -84,6 +86,25 @@ async def opened(started, count: int) -> list[grpc.aio.Channel]:
     credentials = grpc.ssl_channel_credentials(Path(started["ca"]).read_bytes())
     # Channels with equal options share one connection, and a connection carries 64 calls.
     return [grpc.aio.secure_channel(started["address"], credentials, options=[*OPTIONS, ("veilmart.channel", i)]) for i in range(count)]
+
+
+def test_ten_thousand_releases_rank_alike_by_both_ways_and_the_encrypted_one_moves_a_tenth(market, tmp_path):
+    started, *_ = market
+    sketch = sketch_of(features(40, 3, MAP.dimension), MAP, 2)
+    with MarketClient(started["address"], Path(started["ca"]), tmp_path / "thin") as client:
+        encrypted = find_encrypted(sketch, client, MAP)
+        thin = {**client.traffic.received, "sent": client.traffic.sent["query"]}
+    with MarketClient(started["address"], Path(started["ca"]), tmp_path / "mirror") as client:
+        mirrored = find_in_mirror(sketch, client, MAP)
+        whole = client.traffic.received["catalogue"]
+    print(f"encrypted {thin}, mirror {whole}")  # noqa: T201
+    assert encrypted.title_of(encrypted.ranking.matches[0]) == mirrored.title_of(mirrored.ranking.matches[0])
+    assert encrypted.ranking.verdict is mirrored.ranking.verdict
+    for columns in ("counts", "count_stds", "noise_stds", "norms_squared"):
+        assert (getattr(encrypted.catalogue.columns(2), columns) == getattr(mirrored.catalogue.columns(2), columns)).all()
+    assert thin["catalogue"] <= 16 * RELEASES + 1000
+    assert len(encrypted.catalogue.cards) % 4096 in (0, RELEASES % 4096), "whole pages"
+    assert sum(thin.values()) < whole / 8
 
 
 def test_two_hundred_queries_at_once_take_bounded_memory(market):

@@ -35,7 +35,7 @@ def published(tmp_path_factory, slm_directory):
             home = root / f"home-{owner}"
             plan = json.loads(veilmart("node", "publish", "--data", data, "--dry-run", "--json", *base, home=home))
             assert plan["spent"] == 0.0
-            assert plan["payload"] == "<65 integers, not drawn>"
+            assert plan["payload"] == "<97 integers, not drawn>"
             done = json.loads(veilmart("node", "publish", "--data", data, *market, *EPSILON, "--json", *base, home=home))
             assert done["epsilon_adapter"] == "none"
             assert done["epsilon_total"] == "unbounded"
@@ -53,6 +53,18 @@ def test_the_right_specialist_is_found(published, how):
         assert found["verdict"] == "match"
         assert found["matches"][0]["title"].startswith(owner)
         assert found["matching"] == ("mirror" if how else "encrypted")
+
+
+def test_a_kept_proof_clears_the_market_from_files_alone(published):
+    root, market, base = published
+    task, home = write_task(root / "proof-task.jsonl", OWNERS[0], "test", 40), root / "querier"
+    proof, releases = str(root / "find.proof"), str(root / "market.releases")
+    assert json.loads(veilmart("find", task, *market, *base, "--keep-proof", proof, "--json", home=home))["proof"] == proof
+    assert json.loads(veilmart("catalogue", "export", "-o", releases, *market, "--json", home=home))["releases"] >= len(OWNERS)
+    judged = json.loads(veilmart("verify", "answer", proof, "--releases", releases, "--json", home=root / "auditor"))
+    assert judged["finding"] == "honest"
+    found = json.loads(veilmart("find", task, *market, *base, "--auto", "--licence", "nobody's", "--json", home=home, code=3))
+    assert (found["matching"], found["matches"]) == ("mirror", [])
 
 
 def test_a_task_that_nobody_has_gets_a_no_and_exit_code_3(published):

@@ -237,6 +237,17 @@ def test_recent_states_are_answered_and_old_or_invented_ones_are_stale(store, sm
             index.build(size, head)
 
 
+def test_the_rows_that_are_kept_do_not_grow_with_the_catalogue(store, small_tiles, monkeypatch):
+    monkeypatch.setattr(indices, "RELEASES_BACK", 3)
+    add(store, 42)
+    index = opened(store)
+    assert same(newest(index, store).index, from_scratch(store, 42))
+    assert len(index._rows) <= 8
+    assert same(index.build(39, store.head_at(39).digest).index, from_scratch(store, 39)), "a state before the staging tile began"
+    add(store, 1)
+    assert same(newest(index, store).index, from_scratch(store, 43))
+
+
 def test_few_versions_are_held(store, small_tiles):
     index = opened(store)
     add(store, 10)

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -10,14 +11,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
 from market_node.matcher import Answer, Matcher
-from market_node.service import MarketService
+from market_node.service import QUERIES_A_PASS, MarketService
+from market_node.store import Store
 from nodes.command import build
 from nodes.market_client import MarketClient
 from nodes.query import find_encrypted, mirror_is_cheaper, prices
-from protocol.catalogue import centred_means
+from protocol.catalogue import centred_means, scalars_of
 from protocol.encryption import STD128, MatchPlan, QueryKey
 from protocol.errors import FormatError, InvalidSignature, StaleCatalogue, VeilmartError
-from protocol.proof import AnswerProof, pack_releases, sign_statement, statement_of
+from protocol.proof import AnswerProof, Finding, judge, pack_releases, sign_statement, statement_of
+from protocol.release import open_envelope
 from protocol.scoring import sketch_of
 from tests.market_node.market import running_market
 from tests.protocol.worlds import envelope_of, features, small_map
@@ -136,6 +139,21 @@ def test_a_kept_proof_convicts_a_liar_and_clears_an_honest_market(tmp_path, alte
     assert AnswerProof.from_bytes((tmp_path / "kept.proof").read_bytes()) == proof
 
 
+def answers_garbage(matcher, version, queries, answers):
+    return [resigned(matcher, version, q, a, b"\xa5" * len(a.data)) for q, a in zip(queries, answers, strict=True)]
+
+
+def test_an_implausible_answer_is_refused_and_kept_as_evidence(tmp_path):
+    market = running_market(tmp_path / "m", MAP, service_type=lying(answers_garbage))
+    with market as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        publish(client)
+        kept = []
+        with pytest.raises(FormatError, match="implausible"):
+            find_encrypted(SKETCH, client, MAP, on_exchange=kept.append)
+        releases = [open_envelope(envelope) for envelope in client.envelopes(MAP)]
+    assert judge(kept[0].proof, releases, MAP).finding is Finding.WRONG
+
+
 def test_a_release_that_comes_between_sync_and_query_costs_nothing(tmp_path):
     with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
         publish(client)
@@ -184,6 +202,54 @@ def test_many_queries_at_once_get_each_its_own_answer(tmp_path):
             thread.join()
         assert not errors
         assert not wrong
+
+
+def test_queries_that_wait_share_a_pass_and_a_pass_is_bounded(tmp_path):
+    """The first pass is held up until all thirteen queries are there: the others are then answered by few passes, each bounded."""
+    sizes, services = [], []
+
+    class Slow(Matcher):
+        def answer(self, version, queries):
+            sizes.append(len(queries))
+            pause = threading.Event()
+            for _ in range(2000):
+                if sum(sizes) + sum(map(len, services[0]._waiting.values())) == 13:
+                    break
+                pause.wait(0.01)
+            return super().answer(version, queries)
+
+    class Service(MarketService):
+        def __init__(self, store, feature_map, market_key, **how):
+            super().__init__(store, feature_map, market_key, **how)
+            self._matcher.__class__ = Slow
+            services.append(self)
+
+    market = running_market(tmp_path / "m", MAP, service_type=Service)
+    with market as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        publish(client)
+        head, plan = client.sync(MAP).head, MatchPlan.build(3, MAP.dimension)
+        query = QueryKey.fresh(plan).encrypt(SKETCH.centred_mean).to_bytes()
+        with ThreadPoolExecutor(13) as pool:
+            answers = set(pool.map(lambda _: client.match(MAP.map_id, head, query, plan.answer_bytes).proof.answer, range(13)))
+    assert sum(sizes) == 13
+    assert max(sizes) <= QUERIES_A_PASS
+    assert len(sizes) <= 3
+    assert len(answers) == 1, "the same query, whoever it shares a pass with"
+
+
+def test_a_broken_query_spoils_no_others_pass(tmp_path):
+    store = Store.open(tmp_path)
+    key = Ed25519PrivateKey.generate()
+    release = open_envelope(envelope := envelope_of(MAP, key))
+    store.append(release, envelope, scalars_of(release, MAP))
+    matcher, head = Matcher(store, MAP, key), store.head()
+    version = matcher.index.build(1, head.digest)
+    good = QueryKey.fresh(version.index.plan).encrypt(SKETCH.centred_mean).to_bytes()
+    first, broken, last = matcher.answer(version, [good, b"\xff" * len(good), good])
+    assert isinstance(broken, FormatError)
+    assert first.data == last.data
+    assert all(isinstance(result, FormatError) for result in matcher.answer(version, [b""]))
+    store.close()
 
 
 def test_the_cheaper_way_is_chosen_by_public_numbers():
