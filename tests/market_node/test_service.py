@@ -188,7 +188,7 @@ def match(stub, data: bytes, *, head=None, profile=STD128.name, map_id=MAP.map_i
     head = head or described(stub).head
     first = pb.MatchChunk(profile=profile, map_id=map_id, catalogue_size=head.size, catalogue_head=head_of(head).digest)
     chunks = [first, *(pb.MatchChunk(data=data[i : i + chunk]) for i in range(0, len(data), chunk))]
-    return b"".join(part.data for part in stub.Match(iter(chunks), timeout=30))
+    return b"".join(part.data for part in stub.Match(iter(chunks), timeout=120))
 
 
 def honest_query(stub, vector=None) -> tuple[QueryKey, bytes]:
