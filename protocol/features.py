@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import cached_property
@@ -25,6 +26,8 @@ CENTRE_SCALE = 1 << 20  # grid of the public task mean g: integers make the scal
 VIEWS = ("prompt", "response")
 TEMPLATE = "smollm2-two-views/1"
 MAX_WIDTH, MAX_DIMENSION = 1 << 16, 4096
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # it is printed: no control characters
+SANE = 1e6  # no variance, norm or threshold of unit vectors comes near it
 
 
 class EmbeddingKind(StrEnum):
@@ -100,8 +103,8 @@ class ScoringConstants:
 
     def __post_init__(self) -> None:
         numbers = [getattr(self, one.name) for one in fields(self)]
-        if not all(math.isfinite(number) and number > 0 for number in numbers):
-            raise FormatError("scoring constants: expected positive finite numbers")
+        if not all(1 / SANE**2 < number < SANE for number in numbers):  # so written, NaN is refused as well
+            raise FormatError("scoring constants: expected positive finite numbers of a size that unit vectors can have")
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,8 +214,8 @@ def load_map(manifest: bytes) -> FeatureMap:
         raise FormatError(f"map: expected at most {MAX_DIMENSION} coordinates, got {dimension}")
     if len(limits) != len(VIEWS) or not all(isinstance(n, int) and 0 < n <= 4096 for n in limits):
         raise FormatError("map.token_limits: expected two positive integers")
-    if not all(isinstance(task, str) for task in fitted_on):
-        raise FormatError("map.fitted_on: expected names of tasks")
+    if not NAME.fullmatch(name) or not all(isinstance(task, str) and NAME.fullmatch(task) for task in fitted_on):
+        raise FormatError("map: expected names of letters, digits, '.', '_' and '-'")
     # A linear map has no frequencies at all, so that it has one form only.
     waves = [(axes, frequencies), (2 * frequencies,)] if frequencies else [(0, 0), (0,)]
     shapes: list[tuple[int, ...]] = [(width,), (width,), (width,), (width, axes), *waves] * len(VIEWS)
@@ -230,6 +233,8 @@ def load_map(manifest: bytes) -> FeatureMap:
     if min(float(view.scale.min()) for view in views) <= 0:
         raise FormatError("map: expected positive scales")
     centre = np.frombuffer(payload[expected - 8 * dimension :], "<i8")
+    if (centre > CENTRE_SCALE).any() or (centre < -CENTRE_SCALE).any():
+        raise FormatError("map.centre: expected a mean of unit vectors")
     full, prompt_only = take(scoring, {"full": dict, "prompt_only": dict}, "map.scoring")
     return FeatureMap(
         name, base_model, EmbeddingKind(embedding), layer, (limits[0], limits[1]), views, centre,

@@ -25,6 +25,8 @@ def mixture_weights(specifications: Sequence[Specification], sketch: Sketch, fea
     Simplex least squares on the Gram matrix.  The diagonal of noisy means is too large by D sigma_i^2 and by their sampling: taken off,
     or noisy releases would be used less than they deserve (total-variation error 0.36 to 0.25 at n = 120, epsilon 1, in prototypes).
     """
+    if not specifications:
+        return np.zeros(0)
     used = sketch.views * feature_map.view_dimension
     means = centred_means(specifications, feature_map)[:, :used]
     columns = columns_of(specifications, feature_map, sketch.views)

@@ -168,6 +168,7 @@ def verdict_of(scores: Scores, i: int, feature_map: FeatureMap, views: int) -> V
     constants = constants_for(feature_map, views)
     if scores.distance[i] > constants.threshold:
         return Verdict.SIBLING if scores.separation[i] < constants.related else Verdict.NONE
-    if scores.llr[i] <= 0:  # nearer than an unrelated task would be?  A release that is all noise is close to everything
-        return Verdict.NONE
-    return Verdict.MATCH if scores.resolution[i] <= 1 else Verdict.CANNOT_TELL
+    if scores.resolution[i] > 1:
+        return Verdict.CANNOT_TELL
+    # A match needs positive evidence too: what is close to everything is no match for anything.
+    return Verdict.MATCH if scores.llr[i] > 0 else Verdict.NONE

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -71,6 +73,22 @@ def test_every_shipped_map_gives_features_that_the_mechanism_takes(name):
     assert np.linalg.norm(z[3]) == pytest.approx(0.5**0.5)
     assert len(quantise(z).rows) == 20  # the exact integer bound holds for every kind of map
     assert load_map(shipped.manifest).map_id == shipped.map_id
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"centre": np.full(4, 2**30)}, {"name": "a\x1b[2J"}, {"name": ""}, {"fitted_on": ("a\nb",)}],
+    ids=["a centre that no unit vectors have", "an escape in the name", "no name", "a line break in a task"],
+)
+def test_a_map_with_absurd_contents_is_refused(wrong):
+    with pytest.raises(FormatError):
+        load_map(replace(MAP, **wrong).manifest)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, 0.0, -1.0, 1e-300, 1e300])
+def test_a_scoring_constant_is_a_plausible_number(number):
+    with pytest.raises(FormatError):
+        replace(MAP.full, norm=number)
 
 
 def test_a_map_is_opened_by_name_or_file(tmp_path):

@@ -29,4 +29,5 @@ def test_a_task_made_of_two_owners_gets_both():
     mixed = np.concatenate([features(300, 1)[:140], features(300, 2)[:60]])
     weights = mixture_weights(releases, sketch_of(mixed, MAP, 2), MAP)
     assert weights[[1, 2]] == pytest.approx([0.7, 0.3], abs=0.15)
+    assert len(mixture_weights([], sketch_of(mixed, MAP, 2), MAP)) == 0
     assert mixture_weights(releases[:1], sketch_of(mixed, MAP, 2), MAP) == pytest.approx([1.0])

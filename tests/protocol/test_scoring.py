@@ -97,6 +97,18 @@ def test_another_task_is_a_sibling_if_it_is_near_and_none_if_it_is_far():
         assert verdict_of(scores, 0, MAP, 2) is verdict
 
 
+def test_without_power_there_is_no_none_either():
+    """A true pair under so much noise that its evidence is negative: the honest answer is "cannot tell"."""
+    q, noise = np.full(4, 0.02), 0.4
+    mean = q + noise * np.array([0.5, -0.5, 0.5, -0.5])
+    columns = columns_of(mean[None], np.array([60.0]), np.array([noise]))
+    sketch = Sketch(q, np.eye(4) * 1e-3, 50, 2)
+    scores = score(np.array([mean @ q]), columns, sketch, MAP)
+    scores.llr[0] = -0.1
+    assert scores.resolution[0] > 1
+    assert verdict_of(scores, 0, MAP, 2) is Verdict.CANNOT_TELL
+
+
 @pytest.mark.parametrize("units", [40, 100, 400, 5000])
 def test_the_estimated_count_is_better_than_the_noisy_count_and_knows_its_error(units):
     rng, variance, norm = np.random.default_rng(units), 318_153_166.0, MAP.full.norm
