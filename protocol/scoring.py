@@ -143,24 +143,35 @@ class Ranking:
 
 
 def rank(scores: Scores, catalogue: Catalogue, sketch: Sketch) -> Ranking:
-    """Return the ranking by LLR with error bars and ties, and the verdict on the best release.
+    """Return the ranking with error bars and ties, and the verdict on the best release.
+
+    By LLR, those first that would be a match: where owners hold mixtures, a noisy release may have a higher LLR than a precise one that
+    the test accepts, and is the worse pick.
 
     The verdict is "match" only where the two-sample test does not reject "same task", the evidence is positive, and the test could have
     told a related task: a release that is all noise is close to everything, but its LLR is about zero and its resolution far above 1.
     """
     threshold = constants_for(catalogue.feature_map, sketch.views).threshold
-    order = np.argsort(-scores.llr, kind="stable")
+    accepted = accepted_in(scores, catalogue.feature_map, sketch.views)
+    order = np.lexsort((-scores.llr, ~accepted))
     ids = catalogue.release_ids
     matches = []
     for place, i in enumerate(order):
         following = order[place + 1] if place + 1 < len(order) else None
         gap = float(scores.llr[i] - scores.llr[following]) if following is not None else float("inf")
-        tie = following is not None and gap < TIE_STDS * float(np.hypot(scores.std[i], scores.std[following]))
+        tie = following is not None and bool(accepted[i] == accepted[following])
+        tie = tie and gap < TIE_STDS * float(np.hypot(scores.std[i], scores.std[following]))
         columns = (scores.llr, scores.std, scores.distance, scores.separation, scores.resolution)
         llr, std, distance, separation, resolution = (float(column[i]) for column in columns)
         matches.append(Match(ids[i], place + 1, llr, std, gap, tie, distance, separation, resolution))
     verdict = verdict_of(scores, int(order[0]), catalogue.feature_map, sketch.views) if matches else Verdict.NONE
     return Ranking(tuple(matches), verdict, threshold)
+
+
+def accepted_in(scores: Scores, feature_map: FeatureMap, views: int) -> NDArray[np.bool_]:
+    """Return which releases would be a match: (N,)."""
+    accepted: NDArray[np.bool_] = scores.distance <= constants_for(feature_map, views).threshold
+    return accepted & (scores.resolution <= 1) & (scores.llr > 0)
 
 
 def verdict_of(scores: Scores, i: int, feature_map: FeatureMap, views: int) -> Verdict:

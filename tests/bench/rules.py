@@ -13,7 +13,7 @@ from protocol.catalogue import Columns, centred_means, columns_of
 from protocol.features import FeatureMap
 from protocol.hazmat.noise import NoiseSource
 from protocol.privacy import Guarantee
-from protocol.scoring import Scores, Sketch, constants_for, score
+from protocol.scoring import Scores, Sketch, accepted_in, constants_for, score
 from protocol.specification import FEATURE_SCALE, estimate, quantise
 from tests.bench.embeddings import Task
 
@@ -67,8 +67,9 @@ def similarities(market: Market, sketch: Sketch, feature_map: FeatureMap) -> dic
     products = market.means @ sketch.centred_mean
     squared = sketch.norm_squared - 2 * products + columns.norms_squared
     bias = used * (columns.noise_stds**2 + constants_for(feature_map, sketch.views).within / columns.counts)
+    scores = market.score(sketch, feature_map)
     values = (
-        market.score(sketch, feature_map).llr,
+        scores.llr + np.where(accepted_in(scores, feature_map, sketch.views), 1e9, 0.0),  # as `rank` does: what would be a match first
         products / np.sqrt(np.maximum(columns.norms_squared, 1e-12)),
         -squared,
         -(squared - bias),

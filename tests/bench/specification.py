@@ -82,7 +82,7 @@ def measure(source: Source, maps: list[str], quick: bool) -> Row:
             of_maps += pure_cells(others, other, n, epsilon, (50,), some)
         say(f"map {name}")
 
-    owners = hundred_owners(tasks, feature_map, few, 40)
+    owners = hundred_owners(tasks, feature_map, *((10, 40) if quick else (120, 200)))
     say("hundred owners")
     unequal = heterogeneous(tasks, feature_map, some)
     say("heterogeneous market")

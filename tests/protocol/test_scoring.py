@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from protocol.catalogue import EMPTY_CATALOGUE, ROW, Catalogue, Columns, estimate_counts
+from protocol.catalogue import EMPTY_CATALOGUE, ROW, CardEntry, Catalogue, Columns, estimate_counts
 from protocol.features import ScoringConstants
-from protocol.scoring import MAX_QUERY_SIZE, Sketch, Verdict, rank, score, sketch_of, verdict_of
+from protocol.scoring import MAX_QUERY_SIZE, Scores, Sketch, Verdict, rank, score, sketch_of, verdict_of
 from protocol.specification import COUNT_STEP, FEATURE_SCALE
 from tests.protocol.worlds import features, small_map
 
@@ -95,6 +95,16 @@ def test_another_task_is_a_sibling_if_it_is_near_and_none_if_it_is_far():
         scores = score(np.array([mean @ q]), columns, sketch, MAP)
         assert scores.separation[0] == pytest.approx(share, abs=0.02)
         assert verdict_of(scores, 0, MAP, 2) is verdict
+
+
+def test_what_would_be_a_match_comes_before_a_noisy_release_of_higher_score():
+    llr, ones = np.array([30.0, 10.0, -5.0]), np.ones(3)
+    scores = Scores(llr, ones, np.array([0.0, 0.0, 99.0]), np.array([0.0, 0.0, 1.0]), np.array([4.0, 0.5, 0.5]))
+    catalogue = Catalogue(MAP, np.zeros(3, ROW), (), EMPTY_CATALOGUE, {i: CardEntry(bytes([i]) * 32, "x") for i in range(3)})
+    ranking = rank(scores, catalogue, Sketch(np.full(4, 0.1), np.eye(4), 50, 2))
+    assert [match.release_id[0] for match in ranking.matches] == [1, 0, 2]
+    assert ranking.verdict is Verdict.MATCH
+    assert not ranking.matches[0].tie
 
 
 def test_without_power_there_is_no_none_either():
