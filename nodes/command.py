@@ -374,6 +374,7 @@ def node_repair(
         envelopes = client.releases_of(owner, open_map(which_map))
     aside = set_aside(folder / "ledger.db") if rebuild else None
     ledger = Ledger.open(folder / "ledger.db", Budget(4.0, 1e-6), population, _unit(unit, folder))
+    ledger.require_owner(owner)
     added = ledger.absorb(envelopes)
     lines = [
         f"the market holds {len(envelopes)} releases of this owner; {added} were missing in the ledger and are charged now",

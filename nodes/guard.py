@@ -144,7 +144,11 @@ class Guard:
         self.policy = policy or Policy()
         self._claims = claims or home / "claims.db"
         self._ledger = Ledger.open(home / "ledger.db", self.policy.budget, self.policy.population, self.policy.unit)
-        self._key = signing_key(home / "owner.key")
+        key = home / "owner.key"
+        if not key.exists():  # a new key would own no release at any market, so comparing would find nothing missing
+            self._ledger.require_owner(None)
+        self._key = signing_key(key)
+        self._ledger.require_owner(self.owner)
         self._queue: deque[Order] = deque()
         self._lock = threading.Lock()
         self.failures: list[VeilmartError] = []  # for the owner; never sent

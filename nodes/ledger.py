@@ -279,6 +279,22 @@ class Ledger:
 
     # Comparing with the market ---------------------------------------------------------------------------------------
 
+    def require_owner(self, owner: bytes | None) -> None:
+        """Raise UsageError unless this public key signed the newest release; None, for no key, passes only where nothing was charged.
+
+        The market is asked for the releases of one owner.  With another key it has none, and an older ledger would look current.
+        """
+        latest = self.latest()
+        signer = open_envelope(latest).owner if latest is not None else owner
+        if signer != owner:
+            assert signer is not None
+            got = "no key" if owner is None else f"the key of {owner.hex()[:16]}"
+            raise UsageError(
+                f"{self._path.with_name('owner.key')}: expected the key of owner {signer.hex()[:16]}, who signed this ledger's releases, "
+                f"got {got}",
+                hint="put the copy that `veilmart node backup --key` made there, mode 0600; other data may begin anew (--population)",
+            )
+
     def missing(self, releases: Sequence[Release]) -> list[Release]:
         """Return those of the owner's releases that this ledger does not know, in the order of their numbers."""
         known = {entry.release_id for entry in self.entries()}

@@ -1,6 +1,7 @@
 """A ledger that was restored from an older copy, against a real market on loopback: noticed, refused, repaired."""
 
 import json
+import shutil
 import sqlite3
 
 import pytest
@@ -8,9 +9,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from nodes.base_model import BaseModel
 from nodes.guard import Order, Policy
-from nodes.ledger import Budget, Ledger, Origin
+from nodes.ledger import Budget, Ledger, Origin, restore
 from nodes.market_client import MarketClient
-from protocol.errors import AlreadyPublished, LedgerBehind, PopulationConflict
+from protocol.errors import AlreadyPublished, LedgerBehind, PopulationConflict, UsageError
 from protocol.features import default_map
 from protocol.privacy import Guarantee, PrivacyUnit
 from protocol.release import open_envelope
@@ -143,6 +144,27 @@ def test_a_lost_ledger_is_rebuilt_from_the_market(owner):
     assert ledger.absorb(owner.client.releases_of(owner.guard().owner, owner.map)) == 2
     assert [entry.envelope for entry in ledger.entries()] == published
     assert owner.guard().price(ONE.guarantee).spent == pytest.approx(spent)
+
+
+@pytest.mark.parametrize("key", [None, bytes(32)], ids=["no key", "another key"])
+def test_a_restored_ledger_draws_nothing_under_another_key(owner, tmp_path, key):
+    owner.publish(150)
+    Ledger.open(owner.ledger_file, POLICY.budget).backup(tmp_path / "backup")
+    right = (owner.home / "owner.key").read_bytes()
+    owner.publish(151)
+    shutil.rmtree(owner.home)  # the disk is lost, and with it the key
+    restore(tmp_path / "backup", owner.ledger_file, "default")
+    place = owner.home / "owner.key"
+    if key is not None:
+        place.write_bytes(key)
+        place.chmod(0o600)
+    with pytest.raises(UsageError, match=r"owner\.key"):
+        owner.publish(152, forbidden_noise())
+    assert place.exists() == (key is not None), "no key is made beside releases of another"
+    place.write_bytes(right)
+    place.chmod(0o600)
+    with pytest.raises(LedgerBehind):  # and with the right one, the comparison sees what is missing
+        owner.publish(152, forbidden_noise())
 
 
 def test_a_ledger_of_another_unit_absorbs_nothing(owner):
