@@ -197,7 +197,7 @@ def node_publish(
         guard.require_current(client.releases_of(guard.owner, open_map(which_map)))
     if not plan.stored:
         warning = _require_welcome(plan, description.admission)
-        if warning and not (as_json or quiet):
+        if warning:  # on standard error, so neither --json nor --quiet hides what is about to be paid for
             console.say(warning)
     envelope = guard.release(order)
     progress.close()
@@ -825,21 +825,24 @@ def _ledger_file(folder: Path) -> Path:
 
 
 def _require_welcome(plan: Plan, policy: AdmissionPolicy) -> str:
-    """Raise NotAdmitted for what this market would refuse after it was paid for; return a warning where it may, or nothing."""
+    """Raise NotAdmitted for a guarantee that this market refuses; return a warning where it may refuse the count, or nothing.
+
+    The number of units never decides here.  The market chose its smallest count and sees whether a release follows: with a few choices it
+    would learn the exact number.  Its admission decides on the noisy count, after the charge, and only the owner reads this warning.
+    """
     from protocol.admission import require_claim
     from protocol.specification import COUNT_STEP
 
     require_claim(plan.release.specification.guarantee, policy)
     least = policy.smallest_count or 0
-    if plan.units < least:
-        raise UsageError(
-            f"records: this market takes {least} privacy units or more, the file has fewer",
-            hint="several small owners can release one specification together",
-        )
     safe = least + 3.1 * plan.noise_std / COUNT_STEP
-    if plan.units < safe:
-        return f"warning: after noise the count may fall below this market's {least} and be refused; from {safe:.0f} units on it will not"
-    return ""
+    if plan.units >= safe:
+        return ""
+    likely = "will probably" if plan.units < least else "may"
+    return (
+        f"warning: after noise the count {likely} be below this market's {least} and be refused, after the charge; "
+        f"from {safe:.0f} units on it will not (several small owners can release one specification together)"
+    )
 
 
 def _rule_of_thumb(strength: float) -> str:
