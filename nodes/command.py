@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -372,8 +372,11 @@ def node_repair(
     owner = signing_key(folder / "owner.key").public_key().public_bytes_raw()
     with MarketClient(market, ca, home) as client:
         envelopes = client.releases_of(owner, open_map(which_map))
-    aside = set_aside(folder / "ledger.db") if rebuild else None
-    ledger = Ledger.open(folder / "ledger.db", Budget(4.0, 1e-6), population, _unit(unit, folder))
+    path, of = folder / "ledger.db", _unit(unit, folder)
+    if rebuild:
+        of = _unit_of_releases(envelopes, of, unit is not None)  # before the ledger is set aside: what fails here changes nothing
+    aside = set_aside(path) if rebuild else None
+    ledger = Ledger.open(path, Budget(4.0, 1e-6), population, of, behind=rebuild)
     ledger.require_owner(owner)
     added = ledger.absorb(envelopes)
     lines = [
@@ -815,6 +818,22 @@ def _unit(text: str | None, folder: Path) -> PrivacyUnit:
         there = declared(folder / "ledger.db")
         return there[1] if there else RECORD
     return RECORD if text == "record" else PrivacyUnit(text)
+
+
+def _unit_of_releases(envelopes: Sequence[bytes], otherwise: PrivacyUnit, asked: bool) -> PrivacyUnit:
+    """Return the unit that releases state; raise PopulationConflict if they state several, or another than was asked for."""
+    from protocol.errors import PopulationConflict
+    from protocol.release import open_envelope
+
+    units = {open_envelope(envelope).specification.guarantee.unit for envelope in envelopes}
+    if len(units) > 1 or (asked and units and units != {otherwise}):
+        names = ", ".join(sorted(map(str, units)))
+        expected = str(otherwise) if asked else "one unit"
+        raise PopulationConflict(
+            f"--rebuild: expected releases of {expected}, got {names}",
+            hint="a ledger is of one unit for life; `veilmart node restore` takes a backup",
+        )
+    return units.pop() if units else otherwise
 
 
 def _ledger_file(folder: Path) -> Path:

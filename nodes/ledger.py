@@ -155,9 +155,12 @@ class Ledger:
         self._path, self.budget, self.population, self.unit = path, budget, population, unit
 
     @classmethod
-    def open(cls, path: Path, budget: Budget, population: str = DEFAULT_POPULATION, unit: PrivacyUnit = RECORD) -> Ledger:
+    def open(
+        cls, path: Path, budget: Budget, population: str = DEFAULT_POPULATION, unit: PrivacyUnit = RECORD, *, behind: bool = False
+    ) -> Ledger:
         """Return the ledger in a file, made if it is not there, its chain verified.
 
+        behind: charges are known to be missing, so nothing is drawn until `absorb` or `require_current`; noted with the declaration.
         Population and unit are declared by the first charge and hold for life: raises PopulationConflict for others, LedgerDamaged if
         an entry is not the one that was written, UsageError for a file that is no ledger.
         """
@@ -168,6 +171,8 @@ class Ledger:
         try:
             with ledger._transaction() as db:
                 ledger._declare(db)
+                if behind:
+                    db.execute("UPDATE ledger SET compared = 0")
                 _verified(db)
         except sqlite3.DatabaseError as error:
             raise UsageError(
@@ -297,16 +302,16 @@ class Ledger:
 
     def missing(self, releases: Sequence[Release]) -> list[Release]:
         """Return those of the owner's releases that this ledger does not know, in the order of their numbers."""
-        known = {entry.release_id for entry in self.entries()}
-        return sorted((r for r in releases if r.release_id not in known), key=lambda release: release.release_number)
+        with self._transaction() as db:
+            return _missing(db, releases)
 
     def require_current(self, releases: Sequence[Release]) -> None:
         """Note that the ledger was compared with all releases of its owner; raise LedgerBehind if it does not know one of them.
 
         From then on nothing is drawn, also after a restart, until `absorb` has charged what is missing.
         """
-        missing = self.missing(releases)
         with self._transaction() as db:
+            missing = _missing(db, releases)
             db.execute("UPDATE ledger SET compared = ?", (int(not missing),))
         if missing:
             raise LedgerBehind(
@@ -321,16 +326,15 @@ class Ledger:
         What was spent was spent: this never refuses, even beyond the budget.  Raises PopulationConflict for a release of another unit.
         """
         by_id = {release.release_id: (release, envelope) for envelope in envelopes for release in [open_envelope(envelope)]}
-        missing = self.missing([release for release, _ in by_id.values()])
-        for release in missing:
-            unit = release.specification.guarantee.unit
-            if unit != self.unit:
-                raise PopulationConflict(
-                    f"release {release.release_number}: its unit is {str(unit)!r}, that of this ledger {str(self.unit)!r}",
-                    hint="declare the unit of the lost ledger (--unit)",
-                )
         with self._transaction() as db:
             self._declare(db)
+            missing = _missing(db, [release for release, _ in by_id.values()])  # in here: another process may be charging the same
+            for release in missing:
+                if (unit := release.specification.guarantee.unit) != self.unit:
+                    raise PopulationConflict(
+                        f"release {release.release_number}: its unit is {str(unit)!r}, that of this ledger {str(self.unit)!r}",
+                        hint="declare the unit of the lost ledger (--unit)",
+                    )
             for release in missing:
                 event = specification_event(release.specification.noise_variance, NORM_SQUARED)
                 charge = Charge((event,), release.specification.guarantee.delta)
@@ -450,6 +454,11 @@ def declared(path: Path) -> tuple[str, PrivacyUnit] | None:
 
 def _read_only(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)
+
+
+def _missing(db: sqlite3.Connection, releases: Sequence[Release]) -> list[Release]:
+    known = {entry.release_id for entry in _verified(db)}
+    return sorted((r for r in releases if r.release_id not in known), key=lambda release: release.release_number)
 
 
 def _next_release(db: sqlite3.Connection) -> tuple[int, bytes]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sqlite3
+from contextlib import contextmanager
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -175,6 +176,34 @@ def test_a_ledger_of_another_unit_absorbs_nothing(owner):
     assert ledger.entries() == []
 
 
+def test_a_ledger_that_is_being_rebuilt_draws_nothing_until_it_absorbed(owner):
+    envelope = owner.publish(150)
+    owner.ledger_file.unlink()
+    ledger = Ledger.open(owner.ledger_file, POLICY.budget, behind=True)  # and here the process dies
+    write_records(owner.data, 151)
+    with pytest.raises(LedgerBehind):
+        owner.guard(forbidden_noise()).release(ONE)
+    assert ledger.absorb([envelope]) == 1
+    assert owner.guard().release(ONE) != envelope
+
+
+def test_two_repairs_at_once_charge_a_release_once(owner):
+    envelope = owner.publish(150)
+    path = owner.home / "rebuilt.db"
+    first, second = (Ledger.open(path, POLICY.budget) for _ in range(2))
+    charged, transaction = [], first._transaction
+
+    @contextmanager
+    def another_comes_right_after():
+        with transaction() as db:
+            yield db
+        charged.append(second.absorb([envelope]))
+
+    first._transaction = another_comes_right_after
+    charged.append(first.absorb([envelope]))
+    assert sorted(charged) == [0, 1]
+
+
 # The same by the command line -------------------------------------------------------------------------------------------
 
 
@@ -230,6 +259,27 @@ def test_a_damaged_ledger_is_told_by_its_exit_code_and_rebuilt_on_request(home):
     assert (rebuilt["entries"], rebuilt["charged_again"]) == (3, 3)
     assert rebuilt["set_aside"]
     assert said(where, "repair", *market, "--rebuild", code=2)["error"]["code"] == "usage"
+
+
+@pytest.mark.parametrize("asked", [(), ("--unit", "person")], ids=["unit of the releases", "unit asked for"])
+def test_a_rebuilt_ledger_takes_its_unit_from_the_releases(tmp_path, asked):
+    key, feature_map = Ed25519PrivateKey.generate(), default_map()
+    person = Guarantee(1.0, 1e-6, unit=PrivacyUnit("person"))
+    envelopes = [envelope_of(feature_map, key, number=number, seed=number, guarantee=person) for number in (1, 2)]
+    with running_market(tmp_path / "m", feature_map) as (address, ca, _), MarketClient(address, ca, tmp_path / "client") as client:
+        for envelope in envelopes:
+            client.publish(envelope)
+        node = tmp_path / "home" / "node"
+        node.mkdir(parents=True)
+        (node / "owner.key").write_bytes(key.private_bytes_raw())
+        (node / "owner.key").chmod(0o600)
+        (node / "ledger.db").write_bytes(b"damaged" * 1000)
+        market = ("--market", address, "--ca", str(ca))
+        wrong = said(tmp_path / "home", "repair", *market, "--rebuild", "--unit", "patient", code=2)
+        assert "person" in wrong["error"]["message"]
+        assert (node / "ledger.db").read_bytes() == b"damaged" * 1000, "what fails leaves the ledger where it is"
+        assert said(tmp_path / "home", "repair", *market, "--rebuild", *asked)["charged_again"] == 2
+        assert said(tmp_path / "home", "ledger")["unit"] == "field:person"
 
 
 def test_repair_never_makes_a_key(home, tmp_path):
