@@ -57,6 +57,7 @@ class Policy:
     budget: Budget = field(default_factory=lambda: Budget(epsilon=4.0, delta=1e-6))
     minimum_records: int = 20  # privacy units
     largest_epsilon: float = 2.0  # of one release
+    smallest_epsilon: float = 0.05  # of an order: its release is the only one that orders cause, and should be of use
     population: str = DEFAULT_POPULATION
     unit: PrivacyUnit = RECORD  # for life, as the population
 
@@ -179,8 +180,8 @@ class Guard:
             order = self._queue.popleft()
             try:
                 if self._ledger.latest() is None:
-                    self._require_policys_delta(order)
-                    self.release(order)
+                    self._require_orderly(order)
+                    self.release(order, first_only=True)
             except VeilmartError as error:
                 self.failures.append(error)
             except Exception as error:  # noqa: BLE001 - the loop must go on, and the text may hold private records
@@ -217,7 +218,12 @@ class Guard:
     def _stated(self, order: Order) -> Guarantee:
         return replace(order.guarantee, unit=self.policy.unit)
 
-    def _require_policys_delta(self, order: Order) -> None:
+    def _require_orderly(self, order: Order) -> None:
+        if order.guarantee.epsilon < self.policy.smallest_epsilon:
+            raise UsageError(
+                f"epsilon: expected an order of at least {self.policy.smallest_epsilon:g}, got {order.guarantee.epsilon:g}",
+                hint="it would take the place of the one release that orders can cause, and say nothing",
+            )
         # An order with a delta of its choice would be refused exactly where delta is not below 1/n: a way to measure the exact n.
         if order.guarantee.delta != self.policy.budget.delta:
             raise UsageError(f"delta: an order may ask for the policy's {self.policy.budget.delta:g} only, got {order.guarantee.delta:g}")
@@ -241,9 +247,10 @@ class Guard:
             )
         return owned
 
-    def release(self, order: Order) -> bytes:
+    def release(self, order: Order, *, first_only: bool = False) -> bytes:
         """Return the envelope for an order: stored bytes if it was paid before, else new ones, charged and stored in one transaction.
 
+        first_only: draw only if nothing was released before, and else return the newest stored bytes.
         Raises RecordError, UsageError, PopulationConflict, LedgerBehind or BudgetSpent before anything is drawn.
         """
         with self._lock:
@@ -277,7 +284,7 @@ class Guard:
                 return release.release_id, sign_release(release, self._key)
 
             claim(self._claims, self.policy.population, digests)
-            return self._ledger.charge(request, charge, make)
+            return self._ledger.charge(request, charge, make, first_only=first_only)
 
     def _release(self, number: int, previous: bytes, specification: Specification, adapter: AdapterReference | None) -> Release:
         base_model = bytes.fromhex(self._model.model_id)

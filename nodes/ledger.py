@@ -262,8 +262,12 @@ class Ledger:
         asked, before, total = (ledger_epsilon(events, delta) for events in (charge.events, spent, together))
         return Price(asked, before, total, self.budget.epsilon, delta, rule)
 
-    def charge(self, request: bytes, charge: Charge, make: Callable[[int, bytes], tuple[bytes, bytes]]) -> bytes:
+    def charge(
+        self, request: bytes, charge: Charge, make: Callable[[int, bytes], tuple[bytes, bytes]], *, first_only: bool = False
+    ) -> bytes:
         """Return the envelope for a request: the stored one, or a new one that is charged and stored in one transaction.
+
+        first_only: if anything was charged already, return the newest stored envelope instead, whatever the request.
 
         make(release number, id of the previous release) draws the noise and returns (release id, envelope).  It is called only after
         admission; if it raises, nothing is charged.  Raises BudgetSpent or LedgerBehind before anything is drawn.
@@ -273,6 +277,9 @@ class Ledger:
             found = db.execute("SELECT envelope FROM entry WHERE request = ?", (request,)).fetchone()
             if found:
                 return bytes(found[0])
+            newest = db.execute(f"SELECT envelope FROM entry {NEWEST}").fetchone() if first_only else None
+            if newest:  # asked in here: another guard of this home may have charged since the caller looked
+                return bytes(newest[0])
             if not db.execute("SELECT compared FROM ledger").fetchone()[0]:
                 raise not_compared()
             self._declare(db)
