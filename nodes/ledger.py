@@ -443,7 +443,7 @@ def _usable(path: Path) -> list[Entry] | None:
 
 
 def inspect(path: Path) -> list[Entry]:
-    """Return the verified entries of a ledger's file without changing it; raise LedgerDamaged or sqlite3.DatabaseError."""
+    """Return the verified entries of a file, rolling back only what a killed writer left; raise LedgerDamaged or a DatabaseError."""
     with closing(_read_only(path)) as db:
         return _verified(db)
 
@@ -460,6 +460,11 @@ def declared(path: Path) -> tuple[str, PrivacyUnit] | None:
 
 
 def _read_only(path: Path) -> sqlite3.Connection:
+    journal = path.with_name(path.name + "-journal")
+    if journal.exists() and journal.stat().st_size:
+        # A writer was killed.  A connection that may not write cannot roll back what it left, and would call a sound ledger damaged.
+        with suppress(sqlite3.DatabaseError), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=30)) as db:
+            db.execute("SELECT 1 FROM sqlite_schema").fetchone()
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)
 
 

@@ -412,6 +412,30 @@ def test_a_damaged_ledger_is_set_aside_and_a_sound_one_is_not(tmp_path):
     assert len(list(tmp_path.glob("l.db.damaged-*"))) == 1
 
 
+def test_a_ledger_whose_writer_was_killed_is_no_damaged_one(tmp_path):
+    path, copy = tmp_path / "l.db", tmp_path / "copy"
+    entries = three_charges(path).entries()
+    Ledger.open(path, Budget(8.0, 1e-6)).backup(copy)
+    code = """
+        import os, sqlite3, sys
+        db = sqlite3.connect(sys.argv[1], isolation_level=None)
+        db.execute("PRAGMA cache_size = 1")  # so that half of the transaction is in the file when the writer dies
+        db.execute("BEGIN IMMEDIATE")
+        for number in range(4, 60):
+            db.execute("INSERT INTO entry SELECT ?, release_number, randomblob(32), events, delta, origin, release_id, randomblob(4000), "
+                       "hash FROM entry WHERE number = 1", (number,))
+        os._exit(9)
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(path)], check=False).returncode == 9
+    assert path.with_name("l.db-journal").stat().st_size > 0
+    half_written, journal = path.read_bytes(), path.with_name("l.db-journal").read_bytes()
+    for look in (lambda: declared(path), lambda: inspect(path), lambda: restore(copy, path, "default")):
+        path.write_bytes(half_written)
+        path.with_name("l.db-journal").write_bytes(journal)
+        assert look() in (("default", RECORD), entries, 3)
+    assert list(tmp_path.glob("l.db.damaged-*")) == []
+
+
 @pytest.mark.parametrize("content", [b"", b"no database" * 500])
 def test_what_is_no_backup_is_not_restored(tmp_path, content):
     (tmp_path / "copy").write_bytes(content)
