@@ -7,6 +7,7 @@ owner's own loop (`work`); `collect` returns stored bytes or nothing.  No reason
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -60,6 +61,11 @@ class Policy:
     smallest_epsilon: float = 0.05  # of an order: its release is the only one that orders cause, and should be of use
     population: str = DEFAULT_POPULATION
     unit: PrivacyUnit = RECORD  # for life, as the population
+
+    def __post_init__(self) -> None:
+        for name, value in (("largest epsilon", self.largest_epsilon), ("smallest epsilon", self.smallest_epsilon)):
+            if not (math.isfinite(value) and value > 0):  # nothing is larger than nan: as a limit it would be none
+                raise UsageError(f"policy: expected a {name} that is finite and above 0, got {value:g}", hint="2 is usual for a release")
 
 
 @dataclass(frozen=True, slots=True)

@@ -300,6 +300,13 @@ def test_an_order_that_says_nothing_does_not_take_the_place_of_one_that_does(tmp
     assert open_envelope(guard.collect()).specification.guarantee.epsilon == 1.0
 
 
+@pytest.mark.parametrize("limit", [float("nan"), float("inf"), 0.0, -1.0])
+@pytest.mark.parametrize("field", ["largest_epsilon", "smallest_epsilon"])
+def test_a_limit_that_limits_nothing_is_no_policy(field, limit):
+    with pytest.raises(UsageError, match="finite"):
+        Policy(**{field: limit})
+
+
 def test_an_order_cannot_measure_the_number_of_records_by_its_delta(tmp_path, data, model):
     """With a delta of its choice it would be refused exactly where delta is not below 1/n."""
     told = []
