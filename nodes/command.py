@@ -817,7 +817,8 @@ def _unit(text: str | None, folder: Path) -> PrivacyUnit:
     if text is None:
         there = declared(folder / "ledger.db")
         return there[1] if there else RECORD
-    return RECORD if text == "record" else PrivacyUnit(text)
+    # "field:person" is how every command prints it; no field's name holds a colon
+    return PrivacyUnit.parse(text) if text == "record" or text.startswith("field:") else PrivacyUnit(text)
 
 
 def _unit_of_releases(envelopes: Sequence[bytes], otherwise: PrivacyUnit, asked: bool) -> PrivacyUnit:

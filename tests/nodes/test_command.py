@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from nodes.command import _unit
+from protocol.errors import UsageError
+from protocol.privacy import PrivacyUnit
+
 SECRET = "SECRET-4410"
 
 
@@ -111,3 +115,14 @@ def test_the_shipped_map_is_shown(tmp_path):
 
 def test_a_traceback_appears_only_on_request(tmp_path):
     assert "Traceback" in veilmart("--debug", "map", "show", "none.map", home=tmp_path).stderr
+
+
+@pytest.mark.parametrize(("text", "unit"), [("record", ""), ("person", "person"), ("field:person", "person")])
+def test_a_unit_is_taken_as_it_is_printed(tmp_path, text, unit):
+    assert _unit(text, tmp_path) == PrivacyUnit(unit)
+
+
+@pytest.mark.parametrize("text", ["field:", "field:field:person", "recor d"])
+def test_what_is_no_unit_is_refused(tmp_path, text):
+    with pytest.raises(UsageError, match="unit"):
+        _unit(text, tmp_path)
