@@ -300,18 +300,20 @@ def node_backup(
     Example: veilmart node backup ledger-2026.backup
     """
     from nodes.ledger import Budget, Ledger
-    from nodes.populations import folder_of
+    from nodes.populations import claimed_by, claims_of, folder_of
     from protocol.keys import read_secret, write_durably
 
     path = _ledger_file(folder_of(home, _population(population)))
     if key is not None and key.exists():
         raise UsageError(f"{key}: already there", hint="a backup never overwrites one")
-    count = Ledger.open(path, Budget(4.0, 1e-6), population, _unit(None, path.parent)).backup(file)
+    ledger = Ledger.open(path, Budget(4.0, 1e-6), population, _unit(None, path.parent))
+    count = ledger.backup(file, lambda: claimed_by(claims_of(home), population))
     if key is not None:
         write_durably(key, read_secret(path.parent / "owner.key"))
     kept = "it holds no key" if key is None else f"the signing key is in {key}: whoever has that file can publish in your name"
     lines = [
         f"{file}: {count} charges with their releases, readable by you alone; {kept}",
+        "a digest of each record and unit that was charged is in it too: it confirms a guess, so keep the file private",
         "adapters, the data and the base model are not in it",
         *(() if key else ("without owner.key nothing can be published under this name again: keep a copy of it elsewhere (--key FILE)",)),
     ]
@@ -329,14 +331,19 @@ def node_restore(
 
     Example: veilmart node restore ledger-2026.backup
     """
-    from nodes.ledger import restore
-    from nodes.populations import folder_of
+    from nodes.ledger import claims_in, restore
+    from nodes.populations import claim, claims_of, folder_of
 
     folder = folder_of(home, _population(population))
-    count = restore(file, folder / "ledger.db", population)
+    count = restore(file, folder / "ledger.db", population, lambda digests: claim(claims_of(home), population, digests))
     lines = [
         f"{count} charges restored; the chain verifies",
         "charges made after the backup may be missing: nothing is drawn until `veilmart node repair` or a publish has compared it",
+        *(
+            ("this older backup does not say which records were charged: another population could charge them again unnoticed",)
+            if claims_in(file) is None
+            else ()
+        ),
         *(
             ()
             if (folder / "owner.key").exists()

@@ -65,6 +65,8 @@ CREATE TABLE IF NOT EXISTS entry (
     hash BLOB NOT NULL
 ) STRICT""",
 )
+# Only in a backup: what its population claimed, so that a restored home still refuses the same record under another population.
+CLAIMED = "CREATE TABLE IF NOT EXISTS claimed (digest BLOB PRIMARY KEY) STRICT, WITHOUT ROWID"
 # A release of the market wins over one of the same number that was drawn here after a restore and can never be published.
 NEWEST = "ORDER BY release_number DESC, origin = 'market' DESC, number DESC LIMIT 1"
 
@@ -353,8 +355,11 @@ class Ledger:
 
     # Copies ----------------------------------------------------------------------------------------------------------
 
-    def backup(self, target: Path) -> int:
-        """Write a consistent copy that only its owner can read, charges and envelopes included; return its number of entries."""
+    def backup(self, target: Path, claims: Callable[[], Sequence[bytes]] = tuple) -> int:
+        """Write a consistent copy that only its owner can read, charges and envelopes included; return its number of entries.
+
+        claims: reads what this population claimed (populations.py), after the copy: a claim comes before its charge, so none is left out.
+        """
         if target.exists():
             raise UsageError(f"{target}: already there", hint="a backup never overwrites one")
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -363,6 +368,9 @@ class Ledger:
             with closing(sqlite3.connect(self._path, timeout=30)) as source, closing(sqlite3.connect(temporary)) as copy:
                 source.backup(copy)
                 count = len(_verified(copy))
+                copy.execute(CLAIMED)
+                copy.executemany("INSERT OR IGNORE INTO claimed VALUES (?)", ((digest,) for digest in claims()))
+                copy.commit()
             _sync(temporary)
             os.replace(temporary, target)
             _sync(target.parent)
@@ -379,9 +387,18 @@ def not_compared() -> LedgerBehind:
     )
 
 
-def restore(backup: Path, path: Path, population: str) -> int:
+def claims_in(backup: Path) -> list[bytes] | None:
+    """Return the claims that a backup holds, or None for one from before backups held any."""
+    with closing(_read_only(backup)) as db:
+        if not db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'claimed'").fetchone():
+            return None
+        return [bytes(digest) for (digest,) in db.execute("SELECT digest FROM claimed")]
+
+
+def restore(backup: Path, path: Path, population: str, claim: Callable[[Sequence[bytes]], None] = lambda claims: None) -> int:
     """Put a backup in the ledger's place and return its number of entries; nothing is drawn from it until it was compared.
 
+    claim: takes back what the backup says this population claimed, before its charges are there again.
     Raises PopulationConflict for the backup of another population, LedgerBehind if the ledger that is there has entries that the backup
     lacks.  A damaged one is moved aside, never removed.
     """
@@ -404,12 +421,14 @@ def restore(backup: Path, path: Path, population: str) -> int:
                 hint="keep the one that is there; a backup is for a ledger that is lost or damaged",
             )
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    claim(claims_in(backup) or [])
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         with closing(_read_only(backup)) as source, closing(sqlite3.connect(temporary)) as copy:
             source.backup(copy)
             copy.execute("UPDATE ledger SET compared = 0")
+            copy.execute("DROP TABLE IF EXISTS claimed")
             copy.commit()
         _sync(temporary)
         os.replace(temporary, path)
