@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -197,7 +197,7 @@ def node_publish(
         guard.require_current(client.releases_of(guard.owner, open_map(which_map)))
     if not plan.stored:
         warning = _require_welcome(plan, description.admission)
-        if warning and not (as_json or quiet):
+        if warning:  # on standard error, so neither --json nor --quiet hides what is about to be paid for
             console.say(warning)
     envelope = guard.release(order)
     progress.close()
@@ -300,18 +300,20 @@ def node_backup(
     Example: veilmart node backup ledger-2026.backup
     """
     from nodes.ledger import Budget, Ledger
-    from nodes.populations import folder_of
+    from nodes.populations import claimed_by, claims_of, folder_of
     from protocol.keys import read_secret, write_durably
 
     path = _ledger_file(folder_of(home, _population(population)))
     if key is not None and key.exists():
         raise UsageError(f"{key}: already there", hint="a backup never overwrites one")
-    count = Ledger.open(path, Budget(4.0, 1e-6), population, _unit(None, path.parent)).backup(file)
+    ledger = Ledger.open(path, Budget(4.0, 1e-6), population, _unit(None, path.parent))
+    count = ledger.backup(file, lambda: claimed_by(claims_of(home), population))
     if key is not None:
         write_durably(key, read_secret(path.parent / "owner.key"))
     kept = "it holds no key" if key is None else f"the signing key is in {key}: whoever has that file can publish in your name"
     lines = [
         f"{file}: {count} charges with their releases, readable by you alone; {kept}",
+        "a digest of each record and unit that was charged is in it too: it confirms a guess, so keep the file private",
         "adapters, the data and the base model are not in it",
         *(() if key else ("without owner.key nothing can be published under this name again: keep a copy of it elsewhere (--key FILE)",)),
     ]
@@ -329,14 +331,19 @@ def node_restore(
 
     Example: veilmart node restore ledger-2026.backup
     """
-    from nodes.ledger import restore
-    from nodes.populations import folder_of
+    from nodes.ledger import claims_in, restore
+    from nodes.populations import claim, claims_of, folder_of
 
     folder = folder_of(home, _population(population))
-    count = restore(file, folder / "ledger.db", population)
+    count = restore(file, folder / "ledger.db", population, lambda digests: claim(claims_of(home), population, digests))
     lines = [
         f"{count} charges restored; the chain verifies",
         "charges made after the backup may be missing: nothing is drawn until `veilmart node repair` or a publish has compared it",
+        *(
+            ("this older backup does not say which records were charged: another population could charge them again unnoticed",)
+            if claims_in(file) is None
+            else ()
+        ),
         *(
             ()
             if (folder / "owner.key").exists()
@@ -372,8 +379,12 @@ def node_repair(
     owner = signing_key(folder / "owner.key").public_key().public_bytes_raw()
     with MarketClient(market, ca, home) as client:
         envelopes = client.releases_of(owner, open_map(which_map))
-    aside = set_aside(folder / "ledger.db") if rebuild else None
-    ledger = Ledger.open(folder / "ledger.db", Budget(4.0, 1e-6), population, _unit(unit, folder))
+    path, of = folder / "ledger.db", _unit(unit, folder)
+    if rebuild:
+        of = _unit_of_releases(envelopes, of, unit is not None)  # before the ledger is set aside: what fails here changes nothing
+    aside = set_aside(path) if rebuild else None
+    ledger = Ledger.open(path, Budget(4.0, 1e-6), population, of, behind=rebuild)
+    ledger.require_owner(owner)
     added = ledger.absorb(envelopes)
     lines = [
         f"the market holds {len(envelopes)} releases of this owner; {added} were missing in the ledger and are charged now",
@@ -813,7 +824,24 @@ def _unit(text: str | None, folder: Path) -> PrivacyUnit:
     if text is None:
         there = declared(folder / "ledger.db")
         return there[1] if there else RECORD
-    return RECORD if text == "record" else PrivacyUnit(text)
+    # "field:person" is how every command prints it; no field's name holds a colon
+    return PrivacyUnit.parse(text) if text == "record" or text.startswith("field:") else PrivacyUnit(text)
+
+
+def _unit_of_releases(envelopes: Sequence[bytes], otherwise: PrivacyUnit, asked: bool) -> PrivacyUnit:
+    """Return the unit that releases state; raise PopulationConflict if they state several, or another than was asked for."""
+    from protocol.errors import PopulationConflict
+    from protocol.release import open_envelope
+
+    units = {open_envelope(envelope).specification.guarantee.unit for envelope in envelopes}
+    if len(units) > 1 or (asked and units and units != {otherwise}):
+        names = ", ".join(sorted(map(str, units)))
+        expected = str(otherwise) if asked else "one unit"
+        raise PopulationConflict(
+            f"--rebuild: expected releases of {expected}, got {names}",
+            hint="a ledger is of one unit for life; `veilmart node restore` takes a backup",
+        )
+    return units.pop() if units else otherwise
 
 
 def _ledger_file(folder: Path) -> Path:
@@ -824,21 +852,24 @@ def _ledger_file(folder: Path) -> Path:
 
 
 def _require_welcome(plan: Plan, policy: AdmissionPolicy) -> str:
-    """Raise NotAdmitted for what this market would refuse after it was paid for; return a warning where it may, or nothing."""
+    """Raise NotAdmitted for a guarantee that this market refuses; return a warning where it may refuse the count, or nothing.
+
+    The number of units never decides here.  The market chose its smallest count and sees whether a release follows: with a few choices it
+    would learn the exact number.  Its admission decides on the noisy count, after the charge, and only the owner reads this warning.
+    """
     from protocol.admission import require_claim
     from protocol.specification import COUNT_STEP
 
     require_claim(plan.release.specification.guarantee, policy)
     least = policy.smallest_count or 0
-    if plan.units < least:
-        raise UsageError(
-            f"records: this market takes {least} privacy units or more, the file has fewer",
-            hint="several small owners can release one specification together",
-        )
     safe = least + 3.1 * plan.noise_std / COUNT_STEP
-    if plan.units < safe:
-        return f"warning: after noise the count may fall below this market's {least} and be refused; from {safe:.0f} units on it will not"
-    return ""
+    if plan.units >= safe:
+        return ""
+    likely = "will probably" if plan.units < least else "may"
+    return (
+        f"warning: after noise the count {likely} be below this market's {least} and be refused, after the charge; "
+        f"from {safe:.0f} units on it will not (several small owners can release one specification together)"
+    )
 
 
 def _rule_of_thumb(strength: float) -> str:

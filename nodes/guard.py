@@ -7,6 +7,7 @@ owner's own loop (`work`); `collect` returns stored bytes or nothing.  No reason
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -57,8 +58,14 @@ class Policy:
     budget: Budget = field(default_factory=lambda: Budget(epsilon=4.0, delta=1e-6))
     minimum_records: int = 20  # privacy units
     largest_epsilon: float = 2.0  # of one release
+    smallest_epsilon: float = 0.05  # of an order: its release is the only one that orders cause, and should be of use
     population: str = DEFAULT_POPULATION
     unit: PrivacyUnit = RECORD  # for life, as the population
+
+    def __post_init__(self) -> None:
+        for name, value in (("largest epsilon", self.largest_epsilon), ("smallest epsilon", self.smallest_epsilon)):
+            if not (math.isfinite(value) and value > 0):  # nothing is larger than nan: as a limit it would be none
+                raise UsageError(f"policy: expected a {name} that is finite and above 0, got {value:g}", hint="2 is usual for a release")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +151,11 @@ class Guard:
         self.policy = policy or Policy()
         self._claims = claims or home / "claims.db"
         self._ledger = Ledger.open(home / "ledger.db", self.policy.budget, self.policy.population, self.policy.unit)
-        self._key = signing_key(home / "owner.key")
+        key = home / "owner.key"
+        if not key.exists():  # a new key would own no release at any market, so comparing would find nothing missing
+            self._ledger.require_owner(None)
+        self._key = signing_key(key)
+        self._ledger.require_owner(self.owner)
         self._queue: deque[Order] = deque()
         self._lock = threading.Lock()
         self.failures: list[VeilmartError] = []  # for the owner; never sent
@@ -175,8 +186,8 @@ class Guard:
             order = self._queue.popleft()
             try:
                 if self._ledger.latest() is None:
-                    self._require_policys_delta(order)
-                    self.release(order)
+                    self._require_orderly(order)
+                    self.release(order, first_only=True)
             except VeilmartError as error:
                 self.failures.append(error)
             except Exception as error:  # noqa: BLE001 - the loop must go on, and the text may hold private records
@@ -213,7 +224,12 @@ class Guard:
     def _stated(self, order: Order) -> Guarantee:
         return replace(order.guarantee, unit=self.policy.unit)
 
-    def _require_policys_delta(self, order: Order) -> None:
+    def _require_orderly(self, order: Order) -> None:
+        if order.guarantee.epsilon < self.policy.smallest_epsilon:
+            raise UsageError(
+                f"epsilon: expected an order of at least {self.policy.smallest_epsilon:g}, got {order.guarantee.epsilon:g}",
+                hint="it would take the place of the one release that orders can cause, and say nothing",
+            )
         # An order with a delta of its choice would be refused exactly where delta is not below 1/n: a way to measure the exact n.
         if order.guarantee.delta != self.policy.budget.delta:
             raise UsageError(f"delta: an order may ask for the policy's {self.policy.budget.delta:g} only, got {order.guarantee.delta:g}")
@@ -237,9 +253,10 @@ class Guard:
             )
         return owned
 
-    def release(self, order: Order) -> bytes:
+    def release(self, order: Order, *, first_only: bool = False) -> bytes:
         """Return the envelope for an order: stored bytes if it was paid before, else new ones, charged and stored in one transaction.
 
+        first_only: draw only if nothing was released before, and else return the newest stored bytes.
         Raises RecordError, UsageError, PopulationConflict, LedgerBehind or BudgetSpent before anything is drawn.
         """
         with self._lock:
@@ -273,7 +290,7 @@ class Guard:
                 return release.release_id, sign_release(release, self._key)
 
             claim(self._claims, self.policy.population, digests)
-            return self._ledger.charge(request, charge, make)
+            return self._ledger.charge(request, charge, make, first_only=first_only)
 
     def _release(self, number: int, previous: bytes, specification: Specification, adapter: AdapterReference | None) -> Release:
         base_model = bytes.fromhex(self._model.model_id)

@@ -65,6 +65,8 @@ CREATE TABLE IF NOT EXISTS entry (
     hash BLOB NOT NULL
 ) STRICT""",
 )
+# Only in a backup: what its population claimed, so that a restored home still refuses the same record under another population.
+CLAIMED = "CREATE TABLE IF NOT EXISTS claimed (digest BLOB PRIMARY KEY) STRICT, WITHOUT ROWID"
 # A release of the market wins over one of the same number that was drawn here after a restore and can never be published.
 NEWEST = "ORDER BY release_number DESC, origin = 'market' DESC, number DESC LIMIT 1"
 
@@ -155,9 +157,12 @@ class Ledger:
         self._path, self.budget, self.population, self.unit = path, budget, population, unit
 
     @classmethod
-    def open(cls, path: Path, budget: Budget, population: str = DEFAULT_POPULATION, unit: PrivacyUnit = RECORD) -> Ledger:
+    def open(
+        cls, path: Path, budget: Budget, population: str = DEFAULT_POPULATION, unit: PrivacyUnit = RECORD, *, behind: bool = False
+    ) -> Ledger:
         """Return the ledger in a file, made if it is not there, its chain verified.
 
+        behind: charges are known to be missing, so nothing is drawn until `absorb` or `require_current`; noted with the declaration.
         Population and unit are declared by the first charge and hold for life: raises PopulationConflict for others, LedgerDamaged if
         an entry is not the one that was written, UsageError for a file that is no ledger.
         """
@@ -168,6 +173,8 @@ class Ledger:
         try:
             with ledger._transaction() as db:
                 ledger._declare(db)
+                if behind:
+                    db.execute("UPDATE ledger SET compared = 0")
                 _verified(db)
         except sqlite3.DatabaseError as error:
             raise UsageError(
@@ -257,8 +264,12 @@ class Ledger:
         asked, before, total = (ledger_epsilon(events, delta) for events in (charge.events, spent, together))
         return Price(asked, before, total, self.budget.epsilon, delta, rule)
 
-    def charge(self, request: bytes, charge: Charge, make: Callable[[int, bytes], tuple[bytes, bytes]]) -> bytes:
+    def charge(
+        self, request: bytes, charge: Charge, make: Callable[[int, bytes], tuple[bytes, bytes]], *, first_only: bool = False
+    ) -> bytes:
         """Return the envelope for a request: the stored one, or a new one that is charged and stored in one transaction.
+
+        first_only: if anything was charged already, return the newest stored envelope instead, whatever the request.
 
         make(release number, id of the previous release) draws the noise and returns (release id, envelope).  It is called only after
         admission; if it raises, nothing is charged.  Raises BudgetSpent or LedgerBehind before anything is drawn.
@@ -268,6 +279,9 @@ class Ledger:
             found = db.execute("SELECT envelope FROM entry WHERE request = ?", (request,)).fetchone()
             if found:
                 return bytes(found[0])
+            newest = db.execute(f"SELECT envelope FROM entry {NEWEST}").fetchone() if first_only else None
+            if newest:  # asked in here: another guard of this home may have charged since the caller looked
+                return bytes(newest[0])
             if not db.execute("SELECT compared FROM ledger").fetchone()[0]:
                 raise not_compared()
             self._declare(db)
@@ -279,18 +293,34 @@ class Ledger:
 
     # Comparing with the market ---------------------------------------------------------------------------------------
 
+    def require_owner(self, owner: bytes | None) -> None:
+        """Raise UsageError unless this public key signed the newest release; None, for no key, passes only where nothing was charged.
+
+        The market is asked for the releases of one owner.  With another key it has none, and an older ledger would look current.
+        """
+        latest = self.latest()
+        signer = open_envelope(latest).owner if latest is not None else owner
+        if signer != owner:
+            assert signer is not None
+            got = "no key" if owner is None else f"the key of {owner.hex()[:16]}"
+            raise UsageError(
+                f"{self._path.with_name('owner.key')}: expected the key of owner {signer.hex()[:16]}, who signed this ledger's releases, "
+                f"got {got}",
+                hint="put the copy that `veilmart node backup --key` made there, mode 0600; other data may begin anew (--population)",
+            )
+
     def missing(self, releases: Sequence[Release]) -> list[Release]:
         """Return those of the owner's releases that this ledger does not know, in the order of their numbers."""
-        known = {entry.release_id for entry in self.entries()}
-        return sorted((r for r in releases if r.release_id not in known), key=lambda release: release.release_number)
+        with self._transaction() as db:
+            return _missing(db, releases)
 
     def require_current(self, releases: Sequence[Release]) -> None:
         """Note that the ledger was compared with all releases of its owner; raise LedgerBehind if it does not know one of them.
 
         From then on nothing is drawn, also after a restart, until `absorb` has charged what is missing.
         """
-        missing = self.missing(releases)
         with self._transaction() as db:
+            missing = _missing(db, releases)
             db.execute("UPDATE ledger SET compared = ?", (int(not missing),))
         if missing:
             raise LedgerBehind(
@@ -305,16 +335,15 @@ class Ledger:
         What was spent was spent: this never refuses, even beyond the budget.  Raises PopulationConflict for a release of another unit.
         """
         by_id = {release.release_id: (release, envelope) for envelope in envelopes for release in [open_envelope(envelope)]}
-        missing = self.missing([release for release, _ in by_id.values()])
-        for release in missing:
-            unit = release.specification.guarantee.unit
-            if unit != self.unit:
-                raise PopulationConflict(
-                    f"release {release.release_number}: its unit is {str(unit)!r}, that of this ledger {str(self.unit)!r}",
-                    hint="declare the unit of the lost ledger (--unit)",
-                )
         with self._transaction() as db:
             self._declare(db)
+            missing = _missing(db, [release for release, _ in by_id.values()])  # in here: another process may be charging the same
+            for release in missing:
+                if (unit := release.specification.guarantee.unit) != self.unit:
+                    raise PopulationConflict(
+                        f"release {release.release_number}: its unit is {str(unit)!r}, that of this ledger {str(self.unit)!r}",
+                        hint="declare the unit of the lost ledger (--unit)",
+                    )
             for release in missing:
                 event = specification_event(release.specification.noise_variance, NORM_SQUARED)
                 charge = Charge((event,), release.specification.guarantee.delta)
@@ -326,8 +355,11 @@ class Ledger:
 
     # Copies ----------------------------------------------------------------------------------------------------------
 
-    def backup(self, target: Path) -> int:
-        """Write a consistent copy that only its owner can read, charges and envelopes included; return its number of entries."""
+    def backup(self, target: Path, claims: Callable[[], Sequence[bytes]] = tuple) -> int:
+        """Write a consistent copy that only its owner can read, charges and envelopes included; return its number of entries.
+
+        claims: reads what this population claimed (populations.py), after the copy: a claim comes before its charge, so none is left out.
+        """
         if target.exists():
             raise UsageError(f"{target}: already there", hint="a backup never overwrites one")
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -336,6 +368,9 @@ class Ledger:
             with closing(sqlite3.connect(self._path, timeout=30)) as source, closing(sqlite3.connect(temporary)) as copy:
                 source.backup(copy)
                 count = len(_verified(copy))
+                copy.execute(CLAIMED)
+                copy.executemany("INSERT OR IGNORE INTO claimed VALUES (?)", ((digest,) for digest in claims()))
+                copy.commit()
             _sync(temporary)
             os.replace(temporary, target)
             _sync(target.parent)
@@ -352,9 +387,18 @@ def not_compared() -> LedgerBehind:
     )
 
 
-def restore(backup: Path, path: Path, population: str) -> int:
+def claims_in(backup: Path) -> list[bytes] | None:
+    """Return the claims that a backup holds, or None for one from before backups held any."""
+    with closing(_read_only(backup)) as db:
+        if not db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'claimed'").fetchone():
+            return None
+        return [bytes(digest) for (digest,) in db.execute("SELECT digest FROM claimed")]
+
+
+def restore(backup: Path, path: Path, population: str, claim: Callable[[Sequence[bytes]], None] = lambda claims: None) -> int:
     """Put a backup in the ledger's place and return its number of entries; nothing is drawn from it until it was compared.
 
+    claim: takes back what the backup says this population claimed, before its charges are there again.
     Raises PopulationConflict for the backup of another population, LedgerBehind if the ledger that is there has entries that the backup
     lacks.  A damaged one is moved aside, never removed.
     """
@@ -377,12 +421,14 @@ def restore(backup: Path, path: Path, population: str) -> int:
                 hint="keep the one that is there; a backup is for a ledger that is lost or damaged",
             )
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    claim(claims_in(backup) or [])
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         with closing(_read_only(backup)) as source, closing(sqlite3.connect(temporary)) as copy:
             source.backup(copy)
             copy.execute("UPDATE ledger SET compared = 0")
+            copy.execute("DROP TABLE IF EXISTS claimed")
             copy.commit()
         _sync(temporary)
         os.replace(temporary, path)
@@ -416,7 +462,7 @@ def _usable(path: Path) -> list[Entry] | None:
 
 
 def inspect(path: Path) -> list[Entry]:
-    """Return the verified entries of a ledger's file without changing it; raise LedgerDamaged or sqlite3.DatabaseError."""
+    """Return the verified entries of a file, rolling back only what a killed writer left; raise LedgerDamaged or a DatabaseError."""
     with closing(_read_only(path)) as db:
         return _verified(db)
 
@@ -433,7 +479,17 @@ def declared(path: Path) -> tuple[str, PrivacyUnit] | None:
 
 
 def _read_only(path: Path) -> sqlite3.Connection:
+    journal = path.with_name(path.name + "-journal")
+    if journal.exists() and journal.stat().st_size:
+        # A writer was killed.  A connection that may not write cannot roll back what it left, and would call a sound ledger damaged.
+        with suppress(sqlite3.DatabaseError), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=30)) as db:
+            db.execute("SELECT 1 FROM sqlite_schema").fetchone()
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)
+
+
+def _missing(db: sqlite3.Connection, releases: Sequence[Release]) -> list[Release]:
+    known = {entry.release_id for entry in _verified(db)}
+    return sorted((r for r in releases if r.release_id not in known), key=lambda release: release.release_number)
 
 
 def _next_release(db: sqlite3.Connection) -> tuple[int, bytes]:

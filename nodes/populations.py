@@ -59,6 +59,12 @@ def claim(path: Path, population: str, digests: Sequence[bytes]) -> None:
         db.executemany("INSERT OR IGNORE INTO claim VALUES (?, ?)", ((digest, population) for digest in digests))
 
 
+def claimed_by(path: Path, population: str) -> list[bytes]:
+    """Return what this population claimed in this home."""
+    with _claims(path) as db:
+        return [bytes(digest) for (digest,) in db.execute("SELECT digest FROM claim WHERE population = ?", (population,))]
+
+
 def _check(db: sqlite3.Connection, population: str, digests: Sequence[bytes]) -> None:
     others: dict[str, int] = {}
     for digest in digests:

@@ -277,7 +277,11 @@ def _run_owners(
             model,
             feature_map,
             noise,
-            policy=Policy(budget=Budget(settings.epsilon_spec * 1.001, settings.delta), largest_epsilon=settings.epsilon_spec),
+            policy=Policy(
+                budget=Budget(settings.epsilon_spec * 1.001, settings.delta),
+                largest_epsilon=settings.epsilon_spec,
+                smallest_epsilon=settings.epsilon_spec / 2,
+            ),
             recipe=settings.recipe if repeat == 0 else None,
             limit=settings.records,
             embed=remembered,

@@ -59,6 +59,10 @@ class Card:
             )
         if max(len(self.summary), len(self.licence)) > 500:
             raise UsageError("card: expected at most 500 characters a field")
+        try:
+            (self.summary + self.licence).encode()
+        except UnicodeEncodeError:  # a lone surrogate, as Python reads bytes of a command line that are no UTF-8
+            raise UsageError("card: expected text in UTF-8, got other bytes", hint="set the terminal to UTF-8") from None
 
 
 @dataclass(frozen=True, eq=False)

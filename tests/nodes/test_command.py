@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from nodes.command import _unit
+from protocol.errors import UsageError
+from protocol.privacy import PrivacyUnit
+from protocol.release import Card
+
 SECRET = "SECRET-4410"
 
 
@@ -111,3 +116,23 @@ def test_the_shipped_map_is_shown(tmp_path):
 
 def test_a_traceback_appears_only_on_request(tmp_path):
     assert "Traceback" in veilmart("--debug", "map", "show", "none.map", home=tmp_path).stderr
+
+
+@pytest.mark.parametrize(("text", "unit"), [("record", ""), ("person", "person"), ("field:person", "person")])
+def test_a_unit_is_taken_as_it_is_printed(tmp_path, text, unit):
+    assert _unit(text, tmp_path) == PrivacyUnit(unit)
+
+
+@pytest.mark.parametrize("text", ["field:", "field:field:person", "recor d"])
+def test_what_is_no_unit_is_refused(tmp_path, text):
+    with pytest.raises(UsageError, match="unit"):
+        _unit(text, tmp_path)
+
+
+def test_a_card_that_is_no_utf8_is_the_callers_mistake(tmp_path):
+    for field in ("summary", "licence"):
+        with pytest.raises(UsageError, match="UTF-8"):
+            Card("notes", **{field: os.fsdecode(b"caf\xe9")})
+    command = ("node", "publish", "--data", written(tmp_path / "a.jsonl", '{"text": "a"}'), "--dry-run", "--no-train")
+    done = veilmart(*command, "--summary", os.fsdecode(b"caf\xe9"), home=tmp_path)
+    assert (done.returncode, "UTF-8" in done.stderr) == (2, True), done.stderr

@@ -1,4 +1,5 @@
 import json
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -268,6 +269,42 @@ def test_a_changed_file_never_causes_a_release_by_itself(tmp_path, data, model):
     assert len(guard._ledger.entries()) == 1
     assert guard.release(ONE) != first, "the control: the owner's own act does make a new snapshot"
     assert len(guard._ledger.entries()) == 2
+
+
+def test_two_guards_of_one_home_release_once_for_two_orders(tmp_path, data, model):
+    together = threading.Barrier(2)
+
+    def embed(*what, **how):  # both have seen an empty ledger before either charges
+        together.wait(20)
+        return model.embed_alone(*what, **how)
+
+    guards = [make_guard(tmp_path / "home", data, model, embed=embed) for _ in range(2)]
+    for guard, epsilon in zip(guards, (1.0, 0.5), strict=True):
+        guard.request(Order(Guarantee(epsilon, 1e-6)))
+    threads = [threading.Thread(target=guard.work) for guard in guards]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [guard.failures for guard in guards] == [[], []]
+    assert len(guards[0]._ledger.entries()) == 1
+    assert guards[0].collect() == guards[1].collect()
+
+
+def test_an_order_that_says_nothing_does_not_take_the_place_of_one_that_does(tmp_path, data, model):
+    guard = make_guard(tmp_path / "home", data, model)
+    guard.request(Order(Guarantee(0.0001, 1e-6)))
+    guard.request(ONE)
+    guard.work()
+    assert [type(error) for error in guard.failures] == [UsageError]
+    assert open_envelope(guard.collect()).specification.guarantee.epsilon == 1.0
+
+
+@pytest.mark.parametrize("limit", [float("nan"), float("inf"), 0.0, -1.0])
+@pytest.mark.parametrize("field", ["largest_epsilon", "smallest_epsilon"])
+def test_a_limit_that_limits_nothing_is_no_policy(field, limit):
+    with pytest.raises(UsageError, match="finite"):
+        Policy(**{field: limit})
 
 
 def test_an_order_cannot_measure_the_number_of_records_by_its_delta(tmp_path, data, model):

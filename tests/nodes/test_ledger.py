@@ -14,12 +14,14 @@ from nodes.ledger import (
     Origin,
     Price,
     Rule,
+    claims_in,
     declared,
     inspect,
     restore,
     set_aside,
     specification_charge,
 )
+from nodes.populations import claim, claimed_by, require_unclaimed
 from protocol.errors import BudgetSpent, LedgerBehind, LedgerDamaged, PopulationConflict, UsageError
 from protocol.privacy import RECORD, Guarantee, PoissonSampledGaussian, PrivacyUnit, composed_epsilon, filter_epsilon
 
@@ -410,6 +412,58 @@ def test_a_damaged_ledger_is_set_aside_and_a_sound_one_is_not(tmp_path):
     tamper(path, *TAMPERED["a cheaper charge"])
     assert restore(copy, path, "default") == 3
     assert len(list(tmp_path.glob("l.db.damaged-*"))) == 1
+
+
+def test_a_restored_home_still_knows_which_records_its_population_charged(tmp_path):
+    claims, path, copy = tmp_path / "claims.db", tmp_path / "l.db", tmp_path / "copy"
+    claim(claims, "default", [b"one", b"two"])
+    claim(claims, "others", [b"three"])
+    three_charges(path).backup(copy, lambda: claimed_by(claims, "default"))
+    assert claims_in(copy) == [b"one", b"two"]
+    claims.unlink()
+    path.unlink()
+    assert restore(copy, path, "default", lambda digests: claim(claims, "default", digests)) == 3
+    for digest in (b"one", b"two"):
+        with pytest.raises(PopulationConflict):
+            require_unclaimed(claims, "others", [digest])
+    require_unclaimed(claims, "others", [b"three"])
+    again = tmp_path / "again"  # and the restored ledger can be backed up like any other
+    Ledger.open(path, Budget(8.0, 1e-6)).backup(again, lambda: claimed_by(claims, "default"))
+    assert claims_in(again) == claims_in(copy)
+
+
+def test_a_backup_is_not_restored_over_the_claims_of_another_population(tmp_path):
+    claims, path, copy = tmp_path / "claims.db", tmp_path / "l.db", tmp_path / "copy"
+    three_charges(path).backup(copy, lambda: [b"one"])
+    path.unlink()
+    claim(claims, "others", [b"one"])
+    with pytest.raises(PopulationConflict):
+        restore(copy, path, "default", lambda digests: claim(claims, "default", digests))
+    assert not path.exists()
+
+
+def test_a_ledger_whose_writer_was_killed_is_no_damaged_one(tmp_path):
+    path, copy = tmp_path / "l.db", tmp_path / "copy"
+    entries = three_charges(path).entries()
+    Ledger.open(path, Budget(8.0, 1e-6)).backup(copy)
+    code = """
+        import os, sqlite3, sys
+        db = sqlite3.connect(sys.argv[1], isolation_level=None)
+        db.execute("PRAGMA cache_size = 1")  # so that half of the transaction is in the file when the writer dies
+        db.execute("BEGIN IMMEDIATE")
+        for number in range(4, 60):
+            db.execute("INSERT INTO entry SELECT ?, release_number, randomblob(32), events, delta, origin, release_id, randomblob(4000), "
+                       "hash FROM entry WHERE number = 1", (number,))
+        os._exit(9)
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(path)], check=False).returncode == 9
+    assert path.with_name("l.db-journal").stat().st_size > 0
+    half_written, journal = path.read_bytes(), path.with_name("l.db-journal").read_bytes()
+    for look in (lambda: declared(path), lambda: inspect(path), lambda: restore(copy, path, "default")):
+        path.write_bytes(half_written)
+        path.with_name("l.db-journal").write_bytes(journal)
+        assert look() in (("default", RECORD), entries, 3)
+    assert list(tmp_path.glob("l.db.damaged-*")) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"no database" * 500])

@@ -10,7 +10,7 @@ from nodes.finetune import Recipe
 from nodes.guard import Order, Policy
 from nodes.ledger import Budget
 from protocol.admission import AdmissionPolicy
-from protocol.errors import NotAdmitted, UsageError
+from protocol.errors import NotAdmitted
 from protocol.privacy import Guarantee, PrivacyUnit
 from tests.nodes.owners import MARKER, make_guard, write_records
 from tests.nodes.test_guard import forbidden_noise, of_persons, write_lines
@@ -88,8 +88,12 @@ def test_what_the_market_would_refuse_is_told_before_it_is_paid_for(tmp_path, mo
     plan = plan_of(tmp_path, model)
     assert _require_welcome(plan, AdmissionPolicy()) == ""
     assert "warning" in _require_welcome(plan, AdmissionPolicy(smallest_count=100))
-    with pytest.raises(UsageError, match="takes 121"):
-        _require_welcome(plan, AdmissionPolicy(smallest_count=121))
     for policy in (AdmissionPolicy(largest_epsilon=0.5), AdmissionPolicy(delta=1e-5)):
         with pytest.raises(NotAdmitted):
             _require_welcome(plan, policy)
+
+
+@pytest.mark.parametrize("least", [1, 119, 120, 121, 1 << 19])
+def test_a_market_cannot_measure_the_number_of_units_by_its_smallest_count(tmp_path, model, least):
+    warning = _require_welcome(plan_of(tmp_path, model), AdmissionPolicy(smallest_count=least))  # goes on, whatever the market chose
+    assert ("after the charge" in warning) == (least > 1)

@@ -1,16 +1,18 @@
 """A ledger that was restored from an older copy, against a real market on loopback: noticed, refused, repaired."""
 
 import json
+import shutil
 import sqlite3
+from contextlib import contextmanager
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from nodes.base_model import BaseModel
 from nodes.guard import Order, Policy
-from nodes.ledger import Budget, Ledger, Origin
+from nodes.ledger import Budget, Ledger, Origin, restore
 from nodes.market_client import MarketClient
-from protocol.errors import AlreadyPublished, LedgerBehind, PopulationConflict
+from protocol.errors import AlreadyPublished, LedgerBehind, PopulationConflict, UsageError
 from protocol.features import default_map
 from protocol.privacy import Guarantee, PrivacyUnit
 from protocol.release import open_envelope
@@ -145,12 +147,61 @@ def test_a_lost_ledger_is_rebuilt_from_the_market(owner):
     assert owner.guard().price(ONE.guarantee).spent == pytest.approx(spent)
 
 
+@pytest.mark.parametrize("key", [None, bytes(32)], ids=["no key", "another key"])
+def test_a_restored_ledger_draws_nothing_under_another_key(owner, tmp_path, key):
+    owner.publish(150)
+    Ledger.open(owner.ledger_file, POLICY.budget).backup(tmp_path / "backup")
+    right = (owner.home / "owner.key").read_bytes()
+    owner.publish(151)
+    shutil.rmtree(owner.home)  # the disk is lost, and with it the key
+    restore(tmp_path / "backup", owner.ledger_file, "default")
+    place = owner.home / "owner.key"
+    if key is not None:
+        place.write_bytes(key)
+        place.chmod(0o600)
+    with pytest.raises(UsageError, match=r"owner\.key"):
+        owner.publish(152, forbidden_noise())
+    assert place.exists() == (key is not None), "no key is made beside releases of another"
+    place.write_bytes(right)
+    place.chmod(0o600)
+    with pytest.raises(LedgerBehind):  # and with the right one, the comparison sees what is missing
+        owner.publish(152, forbidden_noise())
+
+
 def test_a_ledger_of_another_unit_absorbs_nothing(owner):
     owner.publish(150)
     ledger = Ledger.open(owner.home / "other.db", POLICY.budget, unit=PrivacyUnit("person"))
     with pytest.raises(PopulationConflict, match="unit"):
         ledger.absorb(owner.client.releases_of(owner.guard().owner, owner.map))
     assert ledger.entries() == []
+
+
+def test_a_ledger_that_is_being_rebuilt_draws_nothing_until_it_absorbed(owner):
+    envelope = owner.publish(150)
+    owner.ledger_file.unlink()
+    ledger = Ledger.open(owner.ledger_file, POLICY.budget, behind=True)  # and here the process dies
+    write_records(owner.data, 151)
+    with pytest.raises(LedgerBehind):
+        owner.guard(forbidden_noise()).release(ONE)
+    assert ledger.absorb([envelope]) == 1
+    assert owner.guard().release(ONE) != envelope
+
+
+def test_two_repairs_at_once_charge_a_release_once(owner):
+    envelope = owner.publish(150)
+    path = owner.home / "rebuilt.db"
+    first, second = (Ledger.open(path, POLICY.budget) for _ in range(2))
+    charged, transaction = [], first._transaction
+
+    @contextmanager
+    def another_comes_right_after():
+        with transaction() as db:
+            yield db
+        charged.append(second.absorb([envelope]))
+
+    first._transaction = another_comes_right_after
+    charged.append(first.absorb([envelope]))
+    assert sorted(charged) == [0, 1]
 
 
 # The same by the command line -------------------------------------------------------------------------------------------
@@ -208,6 +259,27 @@ def test_a_damaged_ledger_is_told_by_its_exit_code_and_rebuilt_on_request(home):
     assert (rebuilt["entries"], rebuilt["charged_again"]) == (3, 3)
     assert rebuilt["set_aside"]
     assert said(where, "repair", *market, "--rebuild", code=2)["error"]["code"] == "usage"
+
+
+@pytest.mark.parametrize("asked", [(), ("--unit", "person")], ids=["unit of the releases", "unit asked for"])
+def test_a_rebuilt_ledger_takes_its_unit_from_the_releases(tmp_path, asked):
+    key, feature_map = Ed25519PrivateKey.generate(), default_map()
+    person = Guarantee(1.0, 1e-6, unit=PrivacyUnit("person"))
+    envelopes = [envelope_of(feature_map, key, number=number, seed=number, guarantee=person) for number in (1, 2)]
+    with running_market(tmp_path / "m", feature_map) as (address, ca, _), MarketClient(address, ca, tmp_path / "client") as client:
+        for envelope in envelopes:
+            client.publish(envelope)
+        node = tmp_path / "home" / "node"
+        node.mkdir(parents=True)
+        (node / "owner.key").write_bytes(key.private_bytes_raw())
+        (node / "owner.key").chmod(0o600)
+        (node / "ledger.db").write_bytes(b"damaged" * 1000)
+        market = ("--market", address, "--ca", str(ca))
+        wrong = said(tmp_path / "home", "repair", *market, "--rebuild", "--unit", "patient", code=2)
+        assert "person" in wrong["error"]["message"]
+        assert (node / "ledger.db").read_bytes() == b"damaged" * 1000, "what fails leaves the ledger where it is"
+        assert said(tmp_path / "home", "repair", *market, "--rebuild", *asked)["charged_again"] == 2
+        assert said(tmp_path / "home", "ledger")["unit"] == "field:person"
 
 
 def test_repair_never_makes_a_key(home, tmp_path):
