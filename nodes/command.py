@@ -397,7 +397,6 @@ def find(
     keep_proof: Annotated[
         Path | None, typer.Option("--keep-proof", help="Keep query and signed answer, for `verify answer`; no key and no task is in it.")
     ] = None,
-    all_cards: Annotated[bool, typer.Option("--all-cards", help="Fetch the names of all releases, not only pages of those shown.")] = False,
     base_model: Annotated[str, typer.Option("--base-model", metavar="HEX", help="Only releases for this base model (first digits).")] = "",
     licence: Annotated[str | None, typer.Option("--licence", help="Only adapters under exactly this licence.")] = None,
     max_bytes: Annotated[
@@ -419,7 +418,6 @@ def find(
     from nodes.market_client import MarketClient
     from nodes.query import Filters, find_encrypted, find_in_mirror, mirror_is_cheaper, prices, sketch_task
     from nodes.records import read_records
-    from protocol.catalogue import PAGE_SIZE
     from protocol.features import open_map
     from protocol.keys import write_durably
     from protocol.scoring import Verdict
@@ -442,7 +440,7 @@ def find(
         if mirror:
             found = find_in_mirror(sketch, client, feature_map, filters)
         else:
-            found = find_encrypted(sketch, client, feature_map, filters, top=top, all_cards=all_cards, on_exchange=keep)
+            found = find_encrypted(sketch, client, feature_map, filters, on_exchange=keep)
         price = prices(found.catalogue.head.size, feature_map.dimension)
     shown = found.ranking.matches[:top]
     result: dict[str, Any] = {
@@ -481,10 +479,7 @@ def find(
             console.say(
                 f"bytes from nothing: mirror {price['mirror']}, encrypted {price['encrypted']} with the catalogue; cheaper: {cheaper}"
             )
-            pages = (
-                "" if mirror or all_cards or found.catalogue.head.size <= PAGE_SIZE else f", which pages of {PAGE_SIZE} names were fetched"
-            )
-            seen = "that somebody fetched the catalogue" if mirror else f"one ciphertext, its size, the time{pages}"
+            seen = "that somebody fetched the catalogue" if mirror else "one ciphertext, its size, the time"
             console.say(f"the market saw: {seen}.  It did not see your text, your sketch, your filters or these scores.")
         if matched and shown:
             console.say(f'next: veilmart ask -m {found.title_of(shown[0])} "..."')

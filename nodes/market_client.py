@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +49,7 @@ from protocol.wire.market_pb2_grpc import MarketStub
 
 TRANSFER_TIMEOUT_S = 120.0
 MAX_CATALOGUE_BYTES = 1 << 30  # a hostile market could otherwise fill the memory before it shows a signed size
+MAX_ANSWER_BYTES = 1 << 26  # read of one answer before the call is cancelled, whatever was expected
 PAGES_A_CALL = 64
 Answer = TypeVar("Answer")
 
@@ -194,31 +195,33 @@ class MarketClient:
             for start in range(0, len(query), CHUNK_BYTES):
                 yield pb.MatchChunk(data=query[start : start + CHUNK_BYTES])
 
-        answer, last = bytearray(), pb.ScoresChunk()
+        answer, last, received = bytearray(), pb.ScoresChunk(), 0
 
         def collect() -> None:
-            nonlocal last
+            nonlocal last, received
             for chunk in self._stub.Match(chunks(), timeout=CALL_TIMEOUT_S):
-                answer.extend(chunk.data)
+                received += len(chunk.data)
+                answer.extend(chunk.data[: max(answer_bytes - len(answer), 0)])
                 last = chunk
-                if len(answer) > answer_bytes:
-                    raise FormatError(f"encrypted scores: expected {answer_bytes} bytes, got more")
+                if received > MAX_ANSWER_BYTES:
+                    raise FormatError(f"encrypted scores: expected {answer_bytes} bytes, got more than {MAX_ANSWER_BYTES}")
 
+        # Read to its end: a call that breaks off where an answer is refused would show the market where.
         self._call(collect)
-        self.traffic.count("query", len(query), len(answer))
-        if len(answer) != answer_bytes or len(last.index_digest) != 32:
-            raise FormatError(f"encrypted scores: expected {answer_bytes} bytes and the digest of an index, got {len(answer)}")
+        self.traffic.count("query", len(query), received)
+        if received != answer_bytes or len(last.index_digest) != 32:
+            raise FormatError(f"encrypted scores: expected {answer_bytes} bytes and the digest of an index, got {received}")
         proof = AnswerProof(
             market_key, map_id, STD128.name, head, bytes(last.index_digest), query, bytes(answer), bytes(last.signature)
         )  # fmt: skip
         verify_statement(proof.statement, proof.signature, market_key)
         return Exchange(proof, int(last.server_cpu_ns) / 1e6)
 
-    def sync(self, feature_map: FeatureMap, *, all_cards: bool = False) -> Catalogue:
-        """Return the public scalars of all releases, fetching only what is new since the last time: 16 bytes a release.
+    def sync(self, feature_map: FeatureMap) -> Catalogue:
+        """Return scalars and cards of all releases, fetching only what is new since the last time: 16 and about 45 bytes a release.
 
-        Cards come with a catalogue of one page, and with a larger one if all were asked for; else `with_cards` fetches those that are
-        shown.
+        All cards, before anything is asked: which of them are wanted depends on scores, and a market that chooses the scores would read
+        the query off what is fetched.
         """
         description = self._accepting(feature_map)
         folder = self._folder(description)
@@ -229,41 +232,26 @@ class MarketClient:
         news = self._fetch(pb.CATALOGUE_FORM_ROWS, len(rows) // ROW.itemsize, len(terms))
         rows, terms = rows + news.rows, [*terms, *news.terms]
         catalogue = open_rows(feature_map, rows, terms, news.head, description.market_key)
-        everything = all_cards or len(catalogue) <= PAGE_SIZE
-        catalogue = self._cards(folder, catalogue, range(pages_of(len(catalogue)))) if everything else catalogue
+        catalogue = self._cards(folder, catalogue)
         if news.rows:
             _write_entries(folder / "rows", [rows])
         if news.terms:
             _write_entries(folder / "terms", terms)
         return catalogue
 
-    def with_cards(self, catalogue: Catalogue, positions: Iterable[int]) -> Catalogue:
-        """Return the catalogue with ids and names of the releases at these positions.
-
-        Whole pages of PAGE_SIZE are fetched, so the market learns that one of so many is of interest, and not which.
-        """
-        wanted = sorted({position // PAGE_SIZE for position in positions if position not in catalogue.cards})
-        return self._cards(self._folder(self._accepting(catalogue.feature_map)), catalogue, wanted) if wanted else catalogue
-
-    def with_kept_cards(self, catalogue: Catalogue) -> Catalogue:
-        """Return the catalogue with the cards of all pages that were fetched before."""
-        folder = self._folder(self._accepting(catalogue.feature_map))
-        size = len(catalogue)
-        complete = [page for page in range(pages_of(size)) if not _kept_page(folder, page, size)[1]]
-        return self._cards(folder, catalogue, complete) if complete else catalogue
-
-    def _cards(self, folder: Path, catalogue: Catalogue, pages: Sequence[int]) -> Catalogue:
-        """Return the catalogue with the cards of these pages, fetched where they are not kept here."""
+    def _cards(self, folder: Path, catalogue: Catalogue) -> Catalogue:
+        """Return the catalogue with all cards, fetched where they are not kept here."""
         size, news = len(catalogue), False
         chains = _read_entries(folder / "pages")
         if len(chains) != pages_of(size) or root_of_pages(chains) != catalogue.head.cards:
             chains, _ = self._fetch_cards(size, [], 0)
             news = bool(chains)
+        pages = range(pages_of(size))
         for start in range(0, len(pages), PAGES_A_CALL):
             part = {page: _kept_page(folder, page, size) for page in pages[start : start + PAGES_A_CALL]}
             missing = [page for page, (_, lacking) in part.items() if lacking]
             if missing:
-                # The first cards of a page that grew are here.  A single page only is continued: what was fetched before is no secret then.
+                # The first cards of a page that grew are here.  A single page only is continued.
                 first = missing[0] * PAGE_SIZE + len(part[missing[0]][0]) if len(missing) == 1 else 0
                 _, data = self._fetch_cards(size, missing, first)
                 lacking = sum(len(range(max(page * PAGE_SIZE, first), min((page + 1) * PAGE_SIZE, size))) for page in missing)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 TAG = domain_tag("catalogue", 2)
 TERMS = domain_tag("terms", 1)
 EMPTY_HEAD = bytes(32)
-PAGE_SIZE = 4096  # cards fetched together: the anonymity set of a candidate whose name is looked up
+PAGE_SIZE = 4096  # cards chained and fetched together
 MAX_TERMS_BYTES = 4096
 ROW = np.dtype(
     [
@@ -299,7 +299,7 @@ class Catalogue:
     def card(self, position: int) -> CardEntry:
         """Return the card of the release at a position; raise NotFound if its page was not fetched."""
         if position not in self.cards:
-            raise NotFound(f"card {position}: its page of {PAGE_SIZE} was not fetched", hint="fetch the pages of what is shown, or all")
+            raise NotFound(f"card {position}: its page of {PAGE_SIZE} was not fetched", hint="sync fetches all pages")
         return self.cards[position]
 
     @property

@@ -3,6 +3,7 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,7 @@ from protocol.proof import AnswerProof, Finding, judge, pack_releases, sign_stat
 from protocol.release import open_envelope
 from protocol.scoring import sketch_of
 from tests.market_node.market import running_market
+from tests.nodes.test_sync import small_pages
 from tests.protocol.worlds import envelope_of, features, small_map
 
 MAP = small_map()
@@ -154,6 +156,46 @@ def test_an_implausible_answer_is_refused_and_kept_as_evidence(tmp_path):
     assert judge(kept[0].proof, releases, MAP).finding is Finding.WRONG
 
 
+class Recorded:
+    """A stub that writes down which calls are made with which bytes, and which were not read to their end."""
+
+    def __init__(self, stub):
+        self._stub, self.calls = stub, []
+
+    def __getattr__(self, name):
+        def call(request, **how):
+            sent = request.SerializeToString() if hasattr(request, "SerializeToString") else b""
+            answer = getattr(self._stub, name)(request, **how)
+            self.calls.append((name, sent))
+            return self._read(name, answer) if hasattr(answer, "cancel") else answer
+
+        return call
+
+    def _read(self, name, answer):
+        yield from answer
+        self.calls.append((name, b"read to its end"))
+
+
+def answers_too_long(matcher, version, queries, answers):
+    return [resigned(matcher, version, q, a, a.data * 50) for q, a in zip(queries, answers, strict=True)]
+
+
+def test_the_market_sees_the_same_calls_whatever_its_answer_decrypts_to_and_whether_it_is_refused(tmp_path, monkeypatch):
+    """More than a page of releases: cards fetched after an answer would show which scores it decrypted to."""
+    small_pages(monkeypatch, 2)
+    seen = []
+    for name, alter in {"honest": lambda m, v, q, a: a, "garbage": answers_garbage, "too long": answers_too_long}.items():
+        market = running_market(tmp_path / f"m-{name}", MAP, service_type=lying(alter))
+        with market as (address, ca, _), MarketClient(address, ca, tmp_path / f"home-{name}") as client:
+            publish(client, 5)
+            client._stub = recorded = Recorded(client._stub)
+            with nullcontext() if name == "honest" else pytest.raises(FormatError):
+                find_encrypted(SKETCH, client, MAP)
+        seen.append(recorded.calls)
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0][-1] == ("Match", b"read to its end")
+
+
 def test_a_release_that_comes_between_sync_and_query_costs_nothing(tmp_path):
     with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
         publish(client)
@@ -257,5 +299,5 @@ def test_the_cheaper_way_is_chosen_by_public_numbers():
     assert not mirror_is_cheaper(10_000, 96)
     price = prices(10_000, 96)
     assert price["mirror"] == 13_000_000
-    assert price["encrypted"] < 4096 * 45 + STD128.query_bytes + 16 * 10_000 + 100_000
+    assert price["encrypted"] < 10_000 * 45 + STD128.query_bytes + 16 * 10_000 + 100_000
     assert prices(0, 96) == {"mirror": 0, "encrypted": 0}

@@ -55,24 +55,20 @@ def test_a_new_release_costs_sixteen_bytes_of_sync(tmp_path, monkeypatch):
         assert costs[0] < 220, "a signed head"
         assert 0 <= costs[1] - costs[0] - 16 <= 3, "the framing of one chunk"
         assert 0 <= costs[2] - costs[0] - 1600 <= 4
-        assert "cards" not in received(client), "more than a page: none is fetched unasked"
 
 
-def test_cards_are_fetched_by_whole_pages_once(tmp_path, monkeypatch):
+def test_all_cards_are_fetched_by_whole_pages_once(tmp_path, monkeypatch):
     small_pages(monkeypatch, 8)
     with running_market(tmp_path / "m", MAP) as (address, ca, store), MarketClient(address, ca, tmp_path / "home") as client:
         many(store, 20)
-        catalogue = client.with_cards(client.sync(MAP), [9])
-        assert sorted(catalogue.cards) == list(range(8, 16)), "the page of the candidate, and no other"
+        assert client.sync(MAP).names == tuple(f"owner-{seed}" for seed in range(20))
         after = received(client)["cards"]
-        assert client.with_cards(client.sync(MAP), [10, 15]).card(15).name == "owner-15"
+        assert client.sync(MAP).card(15).name == "owner-15"
         assert received(client)["cards"] == after, "kept here"
-        assert client.sync(MAP, all_cards=True).names == tuple(f"owner-{seed}" for seed in range(20))
         many(store, 3, first=20)  # the last page grows: only its new cards come
         before = received(client)["cards"]
-        assert client.with_cards(client.sync(MAP), [22]).card(22).name == "owner-22"
+        assert client.sync(MAP).card(22).name == "owner-22"
         assert received(client)["cards"] - before < 2 * 120 + 3 * 45
-        assert [client.with_kept_cards(client.sync(MAP)).card(at).name for at in (0, 22)] == ["owner-0", "owner-22"]
 
 
 def test_a_damaged_page_of_cards_is_fetched_again(tmp_path):
