@@ -162,6 +162,7 @@ class MarketService(MarketServicer):
     def __init__(
         self, store: Store, feature_map: FeatureMap, market_key: Any, *, simulation: bool, policy: AdmissionPolicy | None = None
     ) -> None:
+        store.require_map(feature_map)
         self._store, self._map, self._key, self._simulation = store, feature_map, market_key, simulation
         self._policy = policy or AdmissionPolicy()
         self._public = market_key.public_key().public_bytes_raw()

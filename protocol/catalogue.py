@@ -105,6 +105,14 @@ def root_of_pages(chains: Iterable[bytes]) -> bytes:
     return hashlib.sha256(b"".join(chains)).digest()
 
 
+def name_of_map(map_id: bytes) -> str:
+    """Return how a map is called for people: its name if it ships with veilmart, and the first digits of its id."""
+    from protocol.features import shipped_map, shipped_maps
+
+    names = [name for name in shipped_maps() if shipped_map(name).map_id == map_id]
+    return f"{names[0]} ({map_id.hex()[:16]})" if names else map_id.hex()[:16]
+
+
 # Entries ------------------------------------------------------------------------------------------------------------------
 
 
