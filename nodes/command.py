@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from protocol.errors import NotFound, UsageError, VeilmartError
+from protocol.errors import FormatError, IncompatibleSpecification, InvalidSignature, NotFound, UsageError, VeilmartError
 
 if TYPE_CHECKING:
     from nodes.base_model import BaseModel
@@ -531,17 +532,20 @@ def verify_answer(
     from protocol.proof import AnswerProof, Finding, judge, unpack_releases
     from protocol.release import open_envelope
 
-    proof, feature_map = AnswerProof.from_bytes(_read(file)), open_map(which_map)
+    feature_map = open_map(which_map)
+    with _no_proof(file):
+        proof = AnswerProof.from_bytes(_read(file))
     if releases is not None:
-        envelopes = unpack_releases(_read(releases))
+        with _no_proof(releases):
+            opened = [open_envelope(envelope) for envelope in unpack_releases(_read(releases))]
     elif market is not None and ca is not None:
-        with MarketClient(market, ca, home) as client:
+        with _no_proof(market), MarketClient(market, ca, home) as client:
             if client.describe().market_key != proof.market_key:
                 raise UsageError(f"{file}: names the market of the key {proof.market_key.hex()[:16]}, which is not this one")
-            envelopes = client.envelopes(feature_map)
+            opened = [open_envelope(envelope) for envelope in client.envelopes(feature_map)]
     else:
         raise UsageError("verify answer: expected --releases, or --market and --ca", hint="`veilmart catalogue export` writes the releases")
-    judgement = judge(proof, [open_envelope(envelope) for envelope in envelopes], feature_map)
+    judgement = judge(proof, opened, feature_map)
     result = {
         "schema": "veilmart.judgement/1", "finding": str(judgement.finding), "reason": judgement.reason,
         "market_key": proof.market_key.hex(), "releases": proof.head.size,
@@ -783,6 +787,15 @@ def _show_map(feature_map: FeatureMap, as_json: bool) -> None:
     }  # fmt: skip
     lines = [f"{key}\t{value}" for key, value in result.items() if key != "schema"]
     _print(result, as_json, lines)
+
+
+@contextmanager
+def _no_proof(source: Path | str) -> Iterator[None]:
+    """Exit code 7 of `verify answer` says that a market is proven wrong: what cannot be read proves nothing and is 2."""
+    try:
+        yield
+    except (FormatError, InvalidSignature, IncompatibleSpecification) as error:
+        raise UsageError(f"{source}: proves nothing: {error}", hint=error.hint) from None
 
 
 def _read(path: Path) -> bytes:

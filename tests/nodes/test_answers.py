@@ -17,9 +17,9 @@ from market_node.store import Store
 from nodes.command import build
 from nodes.market_client import MarketClient
 from nodes.query import find_encrypted, mirror_is_cheaper, prices
-from protocol.catalogue import centred_means, scalars_of
+from protocol.catalogue import Head, centred_means, scalars_of
 from protocol.encryption import STD128, MatchPlan, QueryKey
-from protocol.errors import FormatError, InvalidSignature, StaleCatalogue, VeilmartError
+from protocol.errors import FormatError, InvalidSignature, StaleCatalogue, UsageError, VeilmartError
 from protocol.proof import AnswerProof, Finding, judge, pack_releases, sign_statement, statement_of
 from protocol.release import open_envelope
 from protocol.scoring import sketch_of
@@ -139,6 +139,24 @@ def test_a_kept_proof_convicts_a_liar_and_clears_an_honest_market(tmp_path, alte
     (tmp_path / "forged.proof").write_bytes(forged.to_bytes())
     assert verify(str(tmp_path / "forged.proof"), *files, home=tmp_path / "h")[0] == 2
     assert AnswerProof.from_bytes((tmp_path / "kept.proof").read_bytes()) == proof
+
+
+def test_a_file_that_is_no_proof_convicts_nobody(tmp_path):
+    """Exit code 7 is a verdict on a market: files of another kind, torn files and releases with a broken signature are 2."""
+    plan = MatchPlan.build(1, MAP.dimension)
+    head = Head(1, bytes(32), 1, bytes(32), bytes(32), bytes(64))
+    query, answer = bytes(STD128.query_bytes), bytes(plan.answer_bytes)
+    proof = AnswerProof(bytes(32), MAP.map_id, STD128.name, head, bytes(32), query, answer, bytes(64)).to_bytes()
+    envelope = envelope_of(MAP, Ed25519PrivateKey.generate())
+    good, broken = pack_releases([envelope]), pack_releases([envelope[:-1] + bytes([envelope[-1] ^ 1])])
+    (tmp_path / "small.map").write_bytes(MAP.manifest)
+    for number, (first, second) in enumerate([(b"text", good), (proof[:-1], good), (good, good), (proof, proof), (proof, broken)]):
+        (tmp_path / "proof").write_bytes(first)
+        (tmp_path / "releases").write_bytes(second)
+        words = str(tmp_path / "proof"), "--releases", str(tmp_path / "releases"), "--map", str(tmp_path / "small.map")
+        done = CliRunner().invoke(build(None), ["verify", "answer", *words, "--home", str(tmp_path / "h")])
+        assert isinstance(done.exception, UsageError), number
+        assert done.exception.exit_code == 2
 
 
 def answers_garbage(matcher, version, queries, answers):
