@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from protocol.codec import decode, domain_tag, encode, format_decimal, parse_decimal, take
 from protocol.errors import FormatError, IncompatibleSpecification, InvalidSignature, NotFound, UsageError
 from protocol.features import CENTRE_SCALE, VIEWS, FeatureMap
-from protocol.privacy import Guarantee, NeighbouringRelation, PrivacyUnit
+from protocol.privacy import Guarantee, NeighbouringRelation, PrivacyUnit, noise_variance
 from protocol.release import NAME, Release
-from protocol.specification import COUNT_STEP, FEATURE_SCALE, Specification
+from protocol.specification import COUNT_STEP, FEATURE_SCALE, NORM_SQUARED, Specification
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -164,6 +164,8 @@ def parse_terms(body: bytes) -> Terms:
         guarantee = Guarantee(*numbers, NeighbouringRelation(relation), PrivacyUnit.parse(unit))
     except (UsageError, ValueError):
         raise FormatError("terms: expected a guarantee that a release can have") from None
+    if variance < (least := noise_variance(guarantee, NORM_SQUARED)):  # no release can have it, and its row would claim confidence
+        raise FormatError(f"terms: expected a noise variance of at least {least} for this guarantee, got {variance}")
     terms = Terms(variance, guarantee, base_model, licence, adapter_class, adapter_guarantee)
     if terms.body != body:
         raise FormatError("terms: not in canonical form")
