@@ -3,7 +3,9 @@
 A tile's file is named by the digest of its layout, its place and the state of the catalogue at its last row, which binds every row, so
 that a market finds its tiles again without opening a release.
 
-    file = SHA-256 of the rest (32 bytes) || digest of layout and rows (32 bytes) || diagonals
+    file = SHA-256 of name and rest (32 bytes) || digest of layout and rows (32 bytes) || diagonals
+
+The name, which holds the number of the encoder too, is hashed with the rest: a file under another's name is encoded again.
 
 The last tile, which every registration changes, is the staging tile: it is encoded again from at most one tile of rows, outside the event
 loop, and never written.  A full tile is encoded once in a layout.  Layouts change a few times in a catalogue's life, when the number of
@@ -52,6 +54,12 @@ class Version:
     digest: bytes  # of plan and tiles, for the signature of an answer
 
 
+def _checksum(name: str, rest: bytes | memoryview) -> bytes:
+    checksum = hashlib.sha256(f"{name}\0".encode())
+    checksum.update(rest)
+    return checksum.digest()
+
+
 class TileFolder:
     """Encoded tiles as files: content-checked, durable, mapped instead of read."""
 
@@ -62,7 +70,7 @@ class TileFolder:
             half_written.unlink()
 
     def load(self, name: str, shape: tuple[int, ...]) -> EncodedTile | None:
-        """Return the tile of a name, or None if there is none or its file is torn, damaged or of another shape."""
+        """Return the tile of a name, or None if there is none or its file is torn, damaged, another's or of another shape."""
         from protocol.evaluation import EncodedTile
 
         path = self._folder / name
@@ -71,7 +79,7 @@ class TileFolder:
             return None
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        if hashlib.sha256(memoryview(mapped)[DIGEST_BYTES:]).digest() != mapped[:DIGEST_BYTES]:
+        if _checksum(name, memoryview(mapped)[DIGEST_BYTES:]) != mapped[:DIGEST_BYTES]:
             return None
         diagonals = np.frombuffer(mapped, np.uint64, offset=HEADER_BYTES).reshape(shape)  # keeps the mapping, and cannot be written
         return EncodedTile(mapped[DIGEST_BYTES:HEADER_BYTES], diagonals)
@@ -79,7 +87,7 @@ class TileFolder:
     def keep(self, name: str, tile: EncodedTile) -> EncodedTile:
         """Write a tile durably and return it as mapped from its file."""
         rest = tile.digest + tile.diagonals.tobytes()
-        write_durably(self._folder / name, hashlib.sha256(rest).digest() + rest)
+        write_durably(self._folder / name, _checksum(name, rest) + rest)
         return self.load(name, tile.diagonals.shape) or tile
 
     def sweep(self, names: set[str]) -> None:

@@ -172,6 +172,9 @@ def test_without_its_checksum_a_damaged_tile_would_be_used(store, small_tiles, m
     path.write_bytes(data)
 
     class Agreeable:
+        def update(self, rest):
+            pass
+
         def digest(self):
             return data[:32]
 
@@ -180,6 +183,21 @@ def test_without_its_checksum_a_damaged_tile_would_be_used(store, small_tiles, m
     monkeypatch.undo()
     assert tile is not None
     assert len(data) > HEADER_BYTES
+
+
+def test_a_tile_under_anothers_name_is_encoded_again(store, small_tiles, monkeypatch):
+    add(store, 9)
+    newest(opened(store), store)
+    first, second = files(store)[:2]
+    whole = first.read_bytes(), second.read_bytes()
+    first.write_bytes(whole[1])
+    second.write_bytes(whole[0])
+    assert same(newest(opened(store), store).index, from_scratch(store, 9))
+    assert (first.read_bytes(), second.read_bytes()) == whole
+    monkeypatch.setattr(indices, "ENCODING", indices.ENCODING + 1)
+    later = opened(store)
+    newest(later, store)
+    assert set(later._tiles).isdisjoint((first.name, second.name)), "a later encoder takes no tile of an earlier one"
 
 
 WRITER = """
