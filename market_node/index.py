@@ -15,6 +15,7 @@ tiles makes other baby steps cheaper: then all tiles are encoded again, while ol
 from __future__ import annotations
 
 import hashlib
+import logging
 import mmap
 import threading
 from collections import OrderedDict
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
     from protocol.encryption import MatchPlan
     from protocol.evaluation import EncodedIndex, EncodedTile
+
+log = logging.getLogger("veilmart.market")
 
 DIGEST_BYTES = 32
 HEADER_BYTES = 2 * DIGEST_BYTES
@@ -85,9 +88,13 @@ class TileFolder:
         return EncodedTile(mapped[DIGEST_BYTES:HEADER_BYTES], diagonals)
 
     def keep(self, name: str, tile: EncodedTile) -> EncodedTile:
-        """Write a tile durably and return it as mapped from its file."""
+        """Write a tile durably and return it as mapped from its file; on a disk that takes it not, return it as it is in memory."""
         rest = tile.digest + tile.diagonals.tobytes()
-        write_durably(self._folder / name, _checksum(name, rest) + rest)
+        try:
+            write_durably(self._folder / name, _checksum(name, rest) + rest)
+        except OSError as error:  # a full disk costs memory and the next start time, and stops no query
+            log.error("tile not written errno=%s", error.errno)
+            return tile
         return self.load(name, tile.diagonals.shape) or tile
 
     def sweep(self, names: set[str]) -> None:

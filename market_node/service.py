@@ -367,8 +367,8 @@ class MarketService(MarketServicer):
             await asyncio.sleep(REFRESH_S)
             try:
                 await asyncio.get_running_loop().run_in_executor(self._indexing, self._matcher.index.refresh)
-            except VeilmartError as error:
-                log.error("index not refreshed code=%s", error.code)
+            except Exception as error:
+                log.error("index not refreshed kind=%s", type(error).__name__, exc_info=error)
 
     async def _receive_query(self, chunks: AsyncIterator[pb.MatchChunk]) -> tuple[pb.MatchChunk, bytes]:
         first: pb.MatchChunk | None = None
