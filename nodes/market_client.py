@@ -249,20 +249,31 @@ class MarketClient:
         pages = range(pages_of(size))
         for start in range(0, len(pages), PAGES_A_CALL):
             part = {page: _kept_page(folder, page, size) for page in pages[start : start + PAGES_A_CALL]}
+            whole = {page: cards for page, (cards, _) in part.items()}
             missing = [page for page, (_, lacking) in part.items() if lacking]
             if missing:
-                # The first cards of a page that grew are here.  A single page only is continued.
-                first = missing[0] * PAGE_SIZE + len(part[missing[0]][0]) if len(missing) == 1 else 0
+                # The first page is continued; a later one has cards here only after damage, and comes from its start.
+                first = missing[0] * PAGE_SIZE + len(whole[missing[0]])
                 _, data = self._fetch_cards(size, missing, first)
-                lacking = sum(len(range(max(page * PAGE_SIZE, first), min((page + 1) * PAGE_SIZE, size))) for page in missing)
-                new = split_cards(data, lacking)
-                for page in missing:
-                    known = part[page][0] if first else []
-                    count = min(PAGE_SIZE, size - page * PAGE_SIZE) - len(known)
-                    part[page], new = ([*known, *new[:count]], range(0)), new[count:]
-            catalogue = open_cards(catalogue, chains, {page: cards for page, (cards, _) in part.items()})
+                stops = [min((page + 1) * PAGE_SIZE, size) for page in missing]
+                new = split_cards(data, sum(stop - max(page * PAGE_SIZE, first) for page, stop in zip(missing, stops, strict=True)))
+                for page, stop in zip(missing, stops, strict=True):
+                    count = stop - max(page * PAGE_SIZE, first)
+                    known, whole[page], new = whole[page], new[:count], new[count:]
+                    if page == missing[0]:
+                        whole[page] = known + whole[page]
+                    if whole[page][: len(known)] != known:
+                        raise _two_histories("cards")
+            try:
+                catalogue = open_cards(catalogue, chains, whole)
+            except FormatError:
+                # The copy here is sealed: a page that begins with it and is not under the head was rewritten, or continued with lies.
+                seen = [page for page, (cards, _) in part.items() if cards]
+                if root_of_pages(chains) == catalogue.head.cards and any(extend_head(EMPTY_HEAD, whole[p]) != chains[p] for p in seen):
+                    raise _two_histories("cards") from None
+                raise
             for page in missing:
-                _write_entries(folder / "cards" / str(page), part[page][0])
+                _write_entries(folder / "cards" / str(page), whole[page])
         if news:
             _write_entries(folder / "pages", chains)
         return catalogue
@@ -306,7 +317,13 @@ class MarketClient:
         catalogue = open_mirror(feature_map, releases, news.head, description.market_key)
         rows, seen = catalogue.rows.tobytes(), b"".join(_read_entries(path.with_name("rows")))
         if rows[: len(seen)] != seen[: len(rows)]:
-            raise InvalidSignature("catalogue: its releases are not those whose rows were synced before: the market shows two histories")
+            raise _two_histories("rows")
+        if any(terms.body != body for terms, body in zip(catalogue.terms, _read_entries(path.with_name("terms")), strict=False)):
+            raise _two_histories("terms")
+        for page in range(pages_of(len(catalogue))):
+            kept, _ = _kept_page(path.parent, page, len(catalogue))
+            if any(catalogue.card(page * PAGE_SIZE + at).body != body for at, body in enumerate(kept)):
+                raise _two_histories("cards")
         if news.envelopes:
             _write_entries(path, envelopes)
         return envelopes, releases, catalogue
@@ -377,6 +394,13 @@ class _News:
     rows: bytes
     terms: list[bytes]
     head: Head
+
+
+def _two_histories(what: str) -> InvalidSignature:
+    return InvalidSignature(
+        f"catalogue: expected the {what} that were synced before, got others: the market shows two histories",
+        hint="keep the folder `catalogues` as it is, it shows what was signed before, and ask the market's operator",
+    )
 
 
 def _kept_page(folder: Path, page: int, size: int) -> tuple[list[bytes], range]:

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from nodes.market_client import MarketClient
+from nodes.market_client import MarketClient, _read_entries, _write_entries
 from nodes.query import Filters, find_encrypted, find_in_mirror
 from protocol.catalogue import scalars_of
-from protocol.errors import UsageError
+from protocol.errors import InvalidSignature, UsageError
 from protocol.privacy import Guarantee
 from protocol.release import Card, sign_release
 from protocol.scoring import sketch_of
@@ -81,6 +81,48 @@ def test_a_damaged_page_of_cards_is_fetched_again(tmp_path):
             damaged[40] ^= 1
             copy.write_bytes(damaged)
             assert client.sync(MAP).names == tuple(f"owner-{seed}" for seed in range(5))
+
+
+def rewrite_card(store, position: int) -> None:
+    """What an operator can do: another card under all chains, signed by the same key."""
+    from market_node.store import RELEASES
+    from protocol import catalogue
+
+    cards = store.cards(0, store.head().size)
+    cards[position] = cards[position][:-1] + b"x"
+    pages = []
+    with store._writing.begin() as db:
+        for at, card in enumerate(cards):
+            if at % catalogue.PAGE_SIZE == 0:
+                pages.append(catalogue.EMPTY_HEAD)
+            pages[-1] = catalogue.extend_head(pages[-1], [card])
+            values = {"card": card, "page_chain": pages[-1], "cards_root": catalogue.root_of_pages(pages)}
+            db.execute(RELEASES.update().where(RELEASES.c.position == at).values(values))
+
+
+@pytest.mark.parametrize("news", [0, 1, 5], ids=["nothing new", "the page grew", "several new pages"])
+@pytest.mark.parametrize("position", [0, 4], ids=["a full page", "the last page"])
+def test_a_card_that_is_rewritten_is_noticed_whatever_is_new(tmp_path, monkeypatch, news, position):
+    small_pages(monkeypatch, 3)
+    with running_market(tmp_path / "m", MAP) as (address, ca, store), MarketClient(address, ca, tmp_path / "home") as client:
+        many(store, 5)
+        client.sync(MAP)
+        many(store, news, first=5)
+        rewrite_card(store, position)
+        for _ in range(2):
+            with pytest.raises(InvalidSignature, match="two histories"):
+                client.sync(MAP)
+
+
+@pytest.mark.parametrize("what", ["terms", "cards/0"])
+def test_a_mirror_is_compared_with_terms_and_cards_that_were_synced(tmp_path, what):
+    with running_market(tmp_path / "m", MAP) as (address, ca, store), MarketClient(address, ca, tmp_path / "home") as client:
+        many(store, 3)
+        client.sync(MAP)
+        folder = client._folder(client.describe())
+        _write_entries(folder / what, [entry[:-1] + b"x" for entry in _read_entries(folder / what)])
+        with pytest.raises(InvalidSignature, match="two histories"):
+            client.mirror(MAP)
 
 
 def test_mirror_and_encrypted_query_rank_by_the_same_numbers(tmp_path):
