@@ -15,6 +15,7 @@ import numpy as np
 from protocol.admission import AdmissionPolicy, admit
 from protocol.catalogue import (
     EMPTY_HEAD,
+    MAX_TERMS_BYTES,
     PAGE_SIZE,
     ROW,
     Catalogue,
@@ -40,7 +41,7 @@ from protocol.errors import (
     NotFound,
     UsageError,
 )
-from protocol.features import FeatureMap
+from protocol.features import FeatureMap, shipped_map, shipped_maps
 from protocol.keys import write_durably
 from protocol.proof import AnswerProof, verify_statement
 from protocol.release import MAX_ADAPTER_BYTES, MAX_ENVELOPE_BYTES, AdapterReference, Release, open_envelope
@@ -49,6 +50,8 @@ from protocol.wire.market_pb2_grpc import MarketStub
 
 TRANSFER_TIMEOUT_S = 120.0
 MAX_CATALOGUE_BYTES = 1 << 30  # a hostile market could otherwise fill the memory before it shows a signed size
+MAX_TERMS = 1 << 16
+MIN_ENTRY_BYTES = 64  # a signature, or a base model and a guarantee; shorter entries would cost many times their bytes in memory
 MAX_ANSWER_BYTES = 1 << 26  # read of one answer before the call is cancelled, whatever was expected
 PAGES_A_CALL = 64
 Answer = TypeVar("Answer")
@@ -333,7 +336,7 @@ class MarketClient:
         if feature_map.map_id not in description.map_ids:
             raise IncompatibleSpecification(
                 f"map: this market works with {', '.join(i.hex()[:16] for i in description.map_ids)}, got {feature_map.map_id.hex()[:16]}",
-                hint="install the veilmart version that ships the market's map",
+                hint=_hint_for_maps(description.map_ids),
             )
         return description
 
@@ -343,7 +346,8 @@ class MarketClient:
     def _fetch(self, form: Any, start: int, terms: int) -> _News:
         def collect() -> _News:
             envelopes: list[bytes] = []
-            rows, new_terms = bytearray(), []
+            rows = bytearray()
+            new_terms: list[bytes] = []
             head: Head | None = None
             received = 0
             request = pb.SyncRequest(from_index=start, form=form, from_terms=terms)
@@ -351,8 +355,13 @@ class MarketClient:
                 received += chunk.ByteSize()
                 if received > MAX_CATALOGUE_BYTES:
                     raise FormatError(f"catalogue: expected at most {MAX_CATALOGUE_BYTES} bytes of news, got more")
-                if any(len(entry) > MAX_ENVELOPE_BYTES for entry in chunk.entries):
-                    raise FormatError("catalogue: an entry is too large")
+                if (chunk.entries and form == pb.CATALOGUE_FORM_ROWS) or ((chunk.rows or chunk.terms) and form != pb.CATALOGUE_FORM_ROWS):
+                    raise FormatError("catalogue: expected the form that was asked for, got entries of another")
+                if terms + len(new_terms) + len(chunk.terms) > MAX_TERMS:
+                    raise FormatError(f"catalogue: expected at most {MAX_TERMS} terms, got more")
+                for entries, most in ((chunk.entries, MAX_ENVELOPE_BYTES), (chunk.terms, MAX_TERMS_BYTES)):
+                    if any(not MIN_ENTRY_BYTES <= len(entry) <= most for entry in entries):
+                        raise FormatError(f"catalogue: expected entries of {MIN_ENTRY_BYTES} to {most} bytes, got one outside")
                 envelopes.extend(chunk.entries)
                 new_terms.extend(chunk.terms)
                 rows += chunk.rows
@@ -394,6 +403,13 @@ class _News:
     rows: bytes
     terms: list[bytes]
     head: Head
+
+
+def _hint_for_maps(map_ids: Sequence[bytes]) -> str:
+    for name in shipped_maps():
+        if shipped_map(name).map_id in map_ids:
+            return f"the market works with --map {name}"
+    return "give the market's map as --map FILE, or install the veilmart version that ships it"
 
 
 def _two_histories(what: str) -> InvalidSignature:

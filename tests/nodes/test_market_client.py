@@ -23,6 +23,7 @@ from protocol.errors import (
     UsageError,
     VeilmartError,
 )
+from protocol.features import shipped_map
 from protocol.privacy import Guarantee, PrivacyUnit
 from protocol.release import AdapterReference, open_envelope
 from protocol.wire import market_pb2 as pb
@@ -145,6 +146,40 @@ def test_a_lie_is_refused_and_nothing_is_stored(tmp_path, methods, ask, error):
     assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.suffix != ".market-key"]
 
 
+FLOODS = {
+    "too many terms": ({"terms": [bytes([65]) * 64] * 40_000}, lambda c: c.sync(MAP), 3),
+    "empty terms": ({"terms": [b""]}, lambda c: c.sync(MAP), 2),
+    "oversized terms": ({"terms": [bytes(5000)]}, lambda c: c.sync(MAP), 2),
+    "envelopes for rows": ({"entries": [bytes(100)]}, lambda c: c.sync(MAP), 2),
+    "empty envelopes": ({"entries": [b""]}, lambda c: c.mirror(MAP), 2),
+    "terms for envelopes": ({"terms": [bytes(100)]}, lambda c: c.mirror(MAP), 2),
+}
+
+
+@pytest.mark.parametrize(("content", "ask", "reads"), FLOODS.values(), ids=FLOODS)
+def test_a_flood_is_refused_while_it_is_received(tmp_path, content, ask, reads):
+    """Entries of no bytes cost a client eight times what they weigh: the limit on bytes alone bounds no memory."""
+    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        sent = []
+
+        class Flooding:
+            def __init__(self, stub):
+                self._stub = stub
+
+            def __getattr__(self, name):
+                return getattr(self._stub, name)
+
+            def SyncCatalogue(self, request, timeout):
+                for _ in range(100):
+                    sent.append(1)
+                    yield pb.CatalogueChunk(**content)
+
+        client._stub = Flooding(client._stub)
+        with pytest.raises(FormatError, match="catalogue"):
+            ask(client)
+        assert len(sent) < reads
+
+
 def test_a_market_that_forgets_what_it_showed_is_refused(tmp_path):
     with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
         publish_three(client)
@@ -232,6 +267,15 @@ def test_a_market_with_another_map_is_refused_with_both_ids(tmp_path):
     with running_market(tmp_path / "m", small_map("other", 5)) as (address, ca, _), MarketClient(address, ca, tmp_path) as client:
         with pytest.raises(IncompatibleSpecification, match=MAP.map_id.hex()[:16]):
             client.sync(MAP)
+
+
+@pytest.mark.parametrize("name", ["kme-rff-256", ""], ids=["shipped", "a file"])
+def test_the_hint_names_the_map_that_the_market_works_with(tmp_path, name):
+    feature_map = shipped_map(name) if name else small_map("other", 5)
+    with running_market(tmp_path / "m", feature_map) as (address, ca, _), MarketClient(address, ca, tmp_path) as client:
+        with pytest.raises(IncompatibleSpecification) as caught:
+            client.sync(MAP)
+    assert (f"--map {name}" if name else "--map FILE") in caught.value.hint
 
 
 def test_a_foreign_certificate_authority_is_no_market(tmp_path):
