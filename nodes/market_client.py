@@ -54,6 +54,7 @@ MAX_TERMS = 1 << 16
 MIN_ENTRY_BYTES = 64  # a signature, or a base model and a guarantee; shorter entries would cost many times their bytes in memory
 MAX_ANSWER_BYTES = 1 << 26  # read of one answer before the call is cancelled, whatever was expected
 PAGES_A_CALL = 64
+COPY = 2  # form of the local copies, that of the catalogue: those of another lie in another folder and are not read
 Answer = TypeVar("Answer")
 
 
@@ -228,8 +229,8 @@ class MarketClient:
         """
         description = self._accepting(feature_map)
         folder = self._folder(description)
-        rows, terms = b"".join(_read_entries(folder / "rows")), _read_entries(folder / "terms")
-        used = np.frombuffer(rows, ROW)["terms"].max(initial=0) + 1 if rows and len(rows) % ROW.itemsize == 0 else 0
+        rows, terms = _read_rows(folder / "rows"), _read_entries(folder / "terms")
+        used = np.frombuffer(rows, ROW)["terms"].max(initial=0) + 1 if rows else 0
         if used != len(terms):  # a process was stopped between two files, or one was damaged: both can be fetched again
             rows, terms = b"", []
         news = self._fetch(pb.CATALOGUE_FORM_ROWS, len(rows) // ROW.itemsize, len(terms))
@@ -318,7 +319,7 @@ class MarketClient:
         envelopes = [*known, *news.envelopes]
         releases = tuple(open_envelope(envelope) for envelope in envelopes)
         catalogue = open_mirror(feature_map, releases, news.head, description.market_key)
-        rows, seen = catalogue.rows.tobytes(), b"".join(_read_entries(path.with_name("rows")))
+        rows, seen = catalogue.rows.tobytes(), _read_rows(path.with_name("rows"))
         if rows[: len(seen)] != seen[: len(rows)]:
             raise _two_histories("rows")
         if any(terms.body != body for terms, body in zip(catalogue.terms, _read_entries(path.with_name("terms")), strict=False)):
@@ -341,7 +342,7 @@ class MarketClient:
         return description
 
     def _folder(self, description: Description) -> Path:
-        return self._home / description.market_key.hex()[:32]
+        return self._home / f"{description.market_key.hex()[:32]}-v{COPY}"
 
     def _fetch(self, form: Any, start: int, terms: int) -> _News:
         def collect() -> _News:
@@ -475,6 +476,15 @@ def _read_entries(path: Path) -> list[bytes]:
         entries.append(data[start + 4 : start + 4 + size])
         start += 4 + size
     return entries
+
+
+def _read_rows(path: Path) -> bytes:
+    """Return the rows of a local copy; one that holds no whole rows is another program's and is dropped."""
+    rows = b"".join(_read_entries(path))
+    if len(rows) % ROW.itemsize:
+        path.unlink()
+        return b""
+    return rows
 
 
 def _write_entries(path: Path, entries: list[bytes]) -> None:

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from market_node.service import MarketService, answering, streaming
 from nodes.learnwares import local_learnware, pull_learnware
-from nodes.market_client import MarketClient, find_release_id
+from nodes.market_client import MarketClient, _write_entries, find_release_id
 from protocol.admission import AdmissionPolicy
 from protocol.catalogue import SCALARS_BYTES, scalars_of, tables_of
 from protocol.errors import (
@@ -65,6 +65,17 @@ def test_a_damaged_local_copy_is_fetched_again(tmp_path):
         damaged[50] ^= 1
         copy.write_bytes(damaged)
         assert len(client.sync(MAP).names) == 3
+
+
+def test_a_local_copy_of_another_form_is_dropped(tmp_path):
+    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        publish_three(client)
+        folder = client._folder(client.describe())
+        assert folder.name.endswith("-v2")
+        for ask in (client.sync, client.mirror):
+            _write_entries(folder / "rows", [b"x" * 57, b"y" * 60])  # one entry a row, as before catalogue v2
+            found = ask(MAP)
+            assert len(getattr(found, "catalogue", found)) == 3
 
 
 def lying(**methods):
