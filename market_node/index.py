@@ -3,7 +3,9 @@
 A tile's file is named by the digest of its layout, its place and the state of the catalogue at its last row, which binds every row, so
 that a market finds its tiles again without opening a release.
 
-    file = SHA-256 of the rest (32 bytes) || digest of layout and rows (32 bytes) || diagonals
+    file = SHA-256 of name and rest (32 bytes) || digest of layout and rows (32 bytes) || diagonals
+
+The name, which holds the number of the encoder too, is hashed with the rest: a file under another's name is encoded again.
 
 The last tile, which every registration changes, is the staging tile: it is encoded again from at most one tile of rows, outside the event
 loop, and never written.  A full tile is encoded once in a layout.  Layouts change a few times in a catalogue's life, when the number of
@@ -13,6 +15,7 @@ tiles makes other baby steps cheaper: then all tiles are encoded again, while ol
 from __future__ import annotations
 
 import hashlib
+import logging
 import mmap
 import threading
 from collections import OrderedDict
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from protocol.encryption import MatchPlan
     from protocol.evaluation import EncodedIndex, EncodedTile
 
+log = logging.getLogger("veilmart.market")
+
 DIGEST_BYTES = 32
 HEADER_BYTES = 2 * DIGEST_BYTES
 ENCODING = 1  # other words for the same rows, by a change of protocol/hazmat/embedding.py or of n~, need another number: files are old then
@@ -52,6 +57,12 @@ class Version:
     digest: bytes  # of plan and tiles, for the signature of an answer
 
 
+def _checksum(name: str, rest: bytes | memoryview) -> bytes:
+    checksum = hashlib.sha256(f"{name}\0".encode())
+    checksum.update(rest)
+    return checksum.digest()
+
+
 class TileFolder:
     """Encoded tiles as files: content-checked, durable, mapped instead of read."""
 
@@ -62,7 +73,7 @@ class TileFolder:
             half_written.unlink()
 
     def load(self, name: str, shape: tuple[int, ...]) -> EncodedTile | None:
-        """Return the tile of a name, or None if there is none or its file is torn, damaged or of another shape."""
+        """Return the tile of a name, or None if there is none or its file is torn, damaged, another's or of another shape."""
         from protocol.evaluation import EncodedTile
 
         path = self._folder / name
@@ -71,15 +82,19 @@ class TileFolder:
             return None
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        if hashlib.sha256(memoryview(mapped)[DIGEST_BYTES:]).digest() != mapped[:DIGEST_BYTES]:
+        if _checksum(name, memoryview(mapped)[DIGEST_BYTES:]) != mapped[:DIGEST_BYTES]:
             return None
         diagonals = np.frombuffer(mapped, np.uint64, offset=HEADER_BYTES).reshape(shape)  # keeps the mapping, and cannot be written
         return EncodedTile(mapped[DIGEST_BYTES:HEADER_BYTES], diagonals)
 
     def keep(self, name: str, tile: EncodedTile) -> EncodedTile:
-        """Write a tile durably and return it as mapped from its file."""
+        """Write a tile durably and return it as mapped from its file; on a disk that takes it not, return it as it is in memory."""
         rest = tile.digest + tile.diagonals.tobytes()
-        write_durably(self._folder / name, hashlib.sha256(rest).digest() + rest)
+        try:
+            write_durably(self._folder / name, _checksum(name, rest) + rest)
+        except OSError as error:  # a full disk costs memory and the next start time, and stops no query
+            log.error("tile not written errno=%s", error.errno)
+            return tile
         return self.load(name, tile.diagonals.shape) or tile
 
     def sweep(self, names: set[str]) -> None:

@@ -162,6 +162,7 @@ class MarketService(MarketServicer):
     def __init__(
         self, store: Store, feature_map: FeatureMap, market_key: Any, *, simulation: bool, policy: AdmissionPolicy | None = None
     ) -> None:
+        store.require_map(feature_map)
         self._store, self._map, self._key, self._simulation = store, feature_map, market_key, simulation
         self._policy = policy or AdmissionPolicy()
         self._public = market_key.public_key().public_bytes_raw()
@@ -366,8 +367,8 @@ class MarketService(MarketServicer):
             await asyncio.sleep(REFRESH_S)
             try:
                 await asyncio.get_running_loop().run_in_executor(self._indexing, self._matcher.index.refresh)
-            except VeilmartError as error:
-                log.error("index not refreshed code=%s", error.code)
+            except Exception as error:
+                log.error("index not refreshed kind=%s", type(error).__name__, exc_info=error)
 
     async def _receive_query(self, chunks: AsyncIterator[pb.MatchChunk]) -> tuple[pb.MatchChunk, bytes]:
         first: pb.MatchChunk | None = None

@@ -6,11 +6,13 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Column, Engine, Integer, LargeBinary, MetaData, Table, UniqueConstraint, create_engine, event, insert, select
+from sqlalchemy.exc import DatabaseError
 
 from protocol.catalogue import (
     EMPTY_CATALOGUE,
@@ -21,11 +23,13 @@ from protocol.catalogue import (
     Terms,
     card_of,
     extend_head,
+    name_of_map,
     pages_of,
     root_of_pages,
 )
 from protocol.errors import AlreadyPublished, FormatError, InvalidAdapter, NotFound, UsageError
-from protocol.release import MAX_ADAPTER_BYTES, Release
+from protocol.features import FeatureMap
+from protocol.release import MAX_ADAPTER_BYTES, Release, open_envelope
 
 METADATA = MetaData()
 RELEASES = Table(
@@ -81,15 +85,30 @@ class Store:
         engine = create_engine(f"sqlite:///{home / 'market.db'}", hide_parameters=True)  # they would reach the log in an error's text
         event.listen(engine, "connect", _configure)
         event.listen(engine, "begin", _begin)
-        with engine.connect() as db:
+        with _readable(home), engine.connect() as db:
             known = [row[1] for row in db.exec_driver_sql("PRAGMA table_info(release)")]
         if known and "page_chain" not in known:
             engine.dispose()
             raise UsageError(
                 f"{home / 'market.db'}: expected a catalogue of version 2, got an older one", hint="start in a new folder and publish again"
             )
-        METADATA.create_all(engine)
+        with _readable(home):
+            METADATA.create_all(engine)
         return cls(engine, home)
+
+    def require_map(self, feature_map: FeatureMap) -> None:
+        """Raise UsageError if the releases here are under another map: rows under two maps mean nothing together.
+
+        The first one tells, since every release is checked against the map before it is appended.
+        """
+        with _readable(self.home):
+            first = self.envelopes(0, 1)
+        there = open_envelope(first[0]).specification.map_id if first else feature_map.map_id
+        if there != feature_map.map_id:
+            raise UsageError(
+                f"{self.home}: expected the map of its releases, {name_of_map(there)}, got {name_of_map(feature_map.map_id)}",
+                hint="start with --map of its releases, or in a new folder",
+            )
 
     def close(self) -> None:
         """Close all connections."""
@@ -237,6 +256,17 @@ def read_chunks(path: Path, size: int) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(size):
             yield chunk
+
+
+@contextmanager
+def _readable(home: Path) -> Iterator[None]:
+    try:
+        yield
+    except DatabaseError as error:
+        raise UsageError(
+            f"{home / 'market.db'}: expected a market's database, got: {error.orig}",
+            hint="put back a copy of the file, or start in a new folder",
+        ) from None
 
 
 def _configure(connection: Any, record: object) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from protocol.errors import NotFound, UsageError, VeilmartError
+from protocol.errors import FormatError, IncompatibleSpecification, InvalidSignature, NotFound, UsageError, VeilmartError
 
 if TYPE_CHECKING:
     from nodes.base_model import BaseModel
@@ -408,7 +409,6 @@ def find(
     keep_proof: Annotated[
         Path | None, typer.Option("--keep-proof", help="Keep query and signed answer, for `verify answer`; no key and no task is in it.")
     ] = None,
-    all_cards: Annotated[bool, typer.Option("--all-cards", help="Fetch the names of all releases, not only pages of those shown.")] = False,
     base_model: Annotated[str, typer.Option("--base-model", metavar="HEX", help="Only releases for this base model (first digits).")] = "",
     licence: Annotated[str | None, typer.Option("--licence", help="Only adapters under exactly this licence.")] = None,
     max_bytes: Annotated[
@@ -430,7 +430,6 @@ def find(
     from nodes.market_client import MarketClient
     from nodes.query import Filters, find_encrypted, find_in_mirror, mirror_is_cheaper, prices, sketch_task
     from nodes.records import read_records
-    from protocol.catalogue import PAGE_SIZE
     from protocol.features import open_map
     from protocol.keys import write_durably
     from protocol.scoring import Verdict
@@ -453,7 +452,7 @@ def find(
         if mirror:
             found = find_in_mirror(sketch, client, feature_map, filters)
         else:
-            found = find_encrypted(sketch, client, feature_map, filters, top=top, all_cards=all_cards, on_exchange=keep)
+            found = find_encrypted(sketch, client, feature_map, filters, on_exchange=keep)
         price = prices(found.catalogue.head.size, feature_map.dimension)
     shown = found.ranking.matches[:top]
     result: dict[str, Any] = {
@@ -492,10 +491,7 @@ def find(
             console.say(
                 f"bytes from nothing: mirror {price['mirror']}, encrypted {price['encrypted']} with the catalogue; cheaper: {cheaper}"
             )
-            pages = (
-                "" if mirror or all_cards or found.catalogue.head.size <= PAGE_SIZE else f", which pages of {PAGE_SIZE} names were fetched"
-            )
-            seen = "that somebody fetched the catalogue" if mirror else f"one ciphertext, its size, the time{pages}"
+            seen = "that somebody fetched the catalogue" if mirror else "one ciphertext, its size, the time"
             console.say(f"the market saw: {seen}.  It did not see your text, your sketch, your filters or these scores.")
         if matched and shown:
             console.say(f'next: veilmart ask -m {found.title_of(shown[0])} "..."')
@@ -547,17 +543,20 @@ def verify_answer(
     from protocol.proof import AnswerProof, Finding, judge, unpack_releases
     from protocol.release import open_envelope
 
-    proof, feature_map = AnswerProof.from_bytes(_read(file)), open_map(which_map)
+    feature_map = open_map(which_map)
+    with _no_proof(file):
+        proof = AnswerProof.from_bytes(_read(file))
     if releases is not None:
-        envelopes = unpack_releases(_read(releases))
+        with _no_proof(releases):
+            opened = [open_envelope(envelope) for envelope in unpack_releases(_read(releases))]
     elif market is not None and ca is not None:
-        with MarketClient(market, ca, home) as client:
+        with _no_proof(market), MarketClient(market, ca, home) as client:
             if client.describe().market_key != proof.market_key:
                 raise UsageError(f"{file}: names the market of the key {proof.market_key.hex()[:16]}, which is not this one")
-            envelopes = client.envelopes(feature_map)
+            opened = [open_envelope(envelope) for envelope in client.envelopes(feature_map)]
     else:
         raise UsageError("verify answer: expected --releases, or --market and --ca", hint="`veilmart catalogue export` writes the releases")
-    judgement = judge(proof, [open_envelope(envelope) for envelope in envelopes], feature_map)
+    judgement = judge(proof, opened, feature_map)
     result = {
         "schema": "veilmart.judgement/1", "finding": str(judgement.finding), "reason": judgement.reason,
         "market_key": proof.market_key.hex(), "releases": proof.head.size,
@@ -799,6 +798,15 @@ def _show_map(feature_map: FeatureMap, as_json: bool) -> None:
     }  # fmt: skip
     lines = [f"{key}\t{value}" for key, value in result.items() if key != "schema"]
     _print(result, as_json, lines)
+
+
+@contextmanager
+def _no_proof(source: Path | str) -> Iterator[None]:
+    """Exit code 7 of `verify answer` says that a market is proven wrong: what cannot be read proves nothing and is 2."""
+    try:
+        yield
+    except (FormatError, InvalidSignature, IncompatibleSpecification) as error:
+        raise UsageError(f"{source}: proves nothing: {error}", hint=error.hint) from None
 
 
 def _read(path: Path) -> bytes:

@@ -45,12 +45,8 @@ def pull_learnware(
     """Fetch a learnware, check it completely, then store it; nothing is stored if any check fails."""
     from nodes.adapter import Adapter
 
-    catalogue = client.with_kept_cards(client.sync(feature_map))
-    try:
-        release_id = find_release_id(text if "@" in text else "?", catalogue)  # a name alone may stand on another page again
-    except NotFound:
-        catalogue = client.sync(feature_map, all_cards=True)
-        release_id = find_release_id(text, catalogue)
+    catalogue = client.sync(feature_map)
+    release_id = find_release_id(text, catalogue)
     envelope = client.release(release_id)
     release = open_envelope(envelope)
     admit(release.specification, client.describe().admission)

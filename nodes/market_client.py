@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from protocol.admission import AdmissionPolicy, admit
 from protocol.catalogue import (
     EMPTY_HEAD,
+    MAX_TERMS_BYTES,
     PAGE_SIZE,
     ROW,
     Catalogue,
@@ -40,7 +41,7 @@ from protocol.errors import (
     NotFound,
     UsageError,
 )
-from protocol.features import FeatureMap
+from protocol.features import FeatureMap, shipped_map, shipped_maps
 from protocol.keys import write_durably
 from protocol.proof import AnswerProof, verify_statement
 from protocol.release import MAX_ADAPTER_BYTES, MAX_ENVELOPE_BYTES, AdapterReference, Release, open_envelope
@@ -49,7 +50,11 @@ from protocol.wire.market_pb2_grpc import MarketStub
 
 TRANSFER_TIMEOUT_S = 120.0
 MAX_CATALOGUE_BYTES = 1 << 30  # a hostile market could otherwise fill the memory before it shows a signed size
+MAX_TERMS = 1 << 16
+MIN_ENTRY_BYTES = 64  # a signature, or a base model and a guarantee; shorter entries would cost many times their bytes in memory
+MAX_ANSWER_BYTES = 1 << 26  # read of one answer before the call is cancelled, whatever was expected
 PAGES_A_CALL = 64
+COPY = 2  # form of the local copies, that of the catalogue: those of another lie in another folder and are not read
 Answer = TypeVar("Answer")
 
 
@@ -194,87 +199,85 @@ class MarketClient:
             for start in range(0, len(query), CHUNK_BYTES):
                 yield pb.MatchChunk(data=query[start : start + CHUNK_BYTES])
 
-        answer, last = bytearray(), pb.ScoresChunk()
+        answer, last, received = bytearray(), pb.ScoresChunk(), 0
 
         def collect() -> None:
-            nonlocal last
+            nonlocal last, received
             for chunk in self._stub.Match(chunks(), timeout=CALL_TIMEOUT_S):
-                answer.extend(chunk.data)
+                received += len(chunk.data)
+                answer.extend(chunk.data[: max(answer_bytes - len(answer), 0)])
                 last = chunk
-                if len(answer) > answer_bytes:
-                    raise FormatError(f"encrypted scores: expected {answer_bytes} bytes, got more")
+                if received > MAX_ANSWER_BYTES:
+                    raise FormatError(f"encrypted scores: expected {answer_bytes} bytes, got more than {MAX_ANSWER_BYTES}")
 
+        # Read to its end: a call that breaks off where an answer is refused would show the market where.
         self._call(collect)
-        self.traffic.count("query", len(query), len(answer))
-        if len(answer) != answer_bytes or len(last.index_digest) != 32:
-            raise FormatError(f"encrypted scores: expected {answer_bytes} bytes and the digest of an index, got {len(answer)}")
+        self.traffic.count("query", len(query), received)
+        if received != answer_bytes or len(last.index_digest) != 32:
+            raise FormatError(f"encrypted scores: expected {answer_bytes} bytes and the digest of an index, got {received}")
         proof = AnswerProof(
             market_key, map_id, STD128.name, head, bytes(last.index_digest), query, bytes(answer), bytes(last.signature)
         )  # fmt: skip
         verify_statement(proof.statement, proof.signature, market_key)
         return Exchange(proof, int(last.server_cpu_ns) / 1e6)
 
-    def sync(self, feature_map: FeatureMap, *, all_cards: bool = False) -> Catalogue:
-        """Return the public scalars of all releases, fetching only what is new since the last time: 16 bytes a release.
+    def sync(self, feature_map: FeatureMap) -> Catalogue:
+        """Return scalars and cards of all releases, fetching only what is new since the last time: 16 and about 45 bytes a release.
 
-        Cards come with a catalogue of one page, and with a larger one if all were asked for; else `with_cards` fetches those that are
-        shown.
+        All cards, before anything is asked: which of them are wanted depends on scores, and a market that chooses the scores would read
+        the query off what is fetched.
         """
         description = self._accepting(feature_map)
         folder = self._folder(description)
-        rows, terms = b"".join(_read_entries(folder / "rows")), _read_entries(folder / "terms")
-        used = np.frombuffer(rows, ROW)["terms"].max(initial=0) + 1 if rows and len(rows) % ROW.itemsize == 0 else 0
+        rows, terms = _read_rows(folder / "rows"), _read_entries(folder / "terms")
+        used = np.frombuffer(rows, ROW)["terms"].max(initial=0) + 1 if rows else 0
         if used != len(terms):  # a process was stopped between two files, or one was damaged: both can be fetched again
             rows, terms = b"", []
         news = self._fetch(pb.CATALOGUE_FORM_ROWS, len(rows) // ROW.itemsize, len(terms))
         rows, terms = rows + news.rows, [*terms, *news.terms]
         catalogue = open_rows(feature_map, rows, terms, news.head, description.market_key)
-        everything = all_cards or len(catalogue) <= PAGE_SIZE
-        catalogue = self._cards(folder, catalogue, range(pages_of(len(catalogue)))) if everything else catalogue
+        catalogue = self._cards(folder, catalogue)
         if news.rows:
             _write_entries(folder / "rows", [rows])
         if news.terms:
             _write_entries(folder / "terms", terms)
         return catalogue
 
-    def with_cards(self, catalogue: Catalogue, positions: Iterable[int]) -> Catalogue:
-        """Return the catalogue with ids and names of the releases at these positions.
-
-        Whole pages of PAGE_SIZE are fetched, so the market learns that one of so many is of interest, and not which.
-        """
-        wanted = sorted({position // PAGE_SIZE for position in positions if position not in catalogue.cards})
-        return self._cards(self._folder(self._accepting(catalogue.feature_map)), catalogue, wanted) if wanted else catalogue
-
-    def with_kept_cards(self, catalogue: Catalogue) -> Catalogue:
-        """Return the catalogue with the cards of all pages that were fetched before."""
-        folder = self._folder(self._accepting(catalogue.feature_map))
-        size = len(catalogue)
-        complete = [page for page in range(pages_of(size)) if not _kept_page(folder, page, size)[1]]
-        return self._cards(folder, catalogue, complete) if complete else catalogue
-
-    def _cards(self, folder: Path, catalogue: Catalogue, pages: Sequence[int]) -> Catalogue:
-        """Return the catalogue with the cards of these pages, fetched where they are not kept here."""
+    def _cards(self, folder: Path, catalogue: Catalogue) -> Catalogue:
+        """Return the catalogue with all cards, fetched where they are not kept here."""
         size, news = len(catalogue), False
         chains = _read_entries(folder / "pages")
         if len(chains) != pages_of(size) or root_of_pages(chains) != catalogue.head.cards:
             chains, _ = self._fetch_cards(size, [], 0)
             news = bool(chains)
+        pages = range(pages_of(size))
         for start in range(0, len(pages), PAGES_A_CALL):
             part = {page: _kept_page(folder, page, size) for page in pages[start : start + PAGES_A_CALL]}
+            whole = {page: cards for page, (cards, _) in part.items()}
             missing = [page for page, (_, lacking) in part.items() if lacking]
             if missing:
-                # The first cards of a page that grew are here.  A single page only is continued: what was fetched before is no secret then.
-                first = missing[0] * PAGE_SIZE + len(part[missing[0]][0]) if len(missing) == 1 else 0
+                # The first page is continued; a later one has cards here only after damage, and comes from its start.
+                first = missing[0] * PAGE_SIZE + len(whole[missing[0]])
                 _, data = self._fetch_cards(size, missing, first)
-                lacking = sum(len(range(max(page * PAGE_SIZE, first), min((page + 1) * PAGE_SIZE, size))) for page in missing)
-                new = split_cards(data, lacking)
-                for page in missing:
-                    known = part[page][0] if first else []
-                    count = min(PAGE_SIZE, size - page * PAGE_SIZE) - len(known)
-                    part[page], new = ([*known, *new[:count]], range(0)), new[count:]
-            catalogue = open_cards(catalogue, chains, {page: cards for page, (cards, _) in part.items()})
+                stops = [min((page + 1) * PAGE_SIZE, size) for page in missing]
+                new = split_cards(data, sum(stop - max(page * PAGE_SIZE, first) for page, stop in zip(missing, stops, strict=True)))
+                for page, stop in zip(missing, stops, strict=True):
+                    count = stop - max(page * PAGE_SIZE, first)
+                    known, whole[page], new = whole[page], new[:count], new[count:]
+                    if page == missing[0]:
+                        whole[page] = known + whole[page]
+                    if whole[page][: len(known)] != known:
+                        raise _two_histories("cards")
+            try:
+                catalogue = open_cards(catalogue, chains, whole)
+            except FormatError:
+                # The copy here is sealed: a page that begins with it and is not under the head was rewritten, or continued with lies.
+                seen = [page for page, (cards, _) in part.items() if cards]
+                if root_of_pages(chains) == catalogue.head.cards and any(extend_head(EMPTY_HEAD, whole[p]) != chains[p] for p in seen):
+                    raise _two_histories("cards") from None
+                raise
             for page in missing:
-                _write_entries(folder / "cards" / str(page), part[page][0])
+                _write_entries(folder / "cards" / str(page), whole[page])
         if news:
             _write_entries(folder / "pages", chains)
         return catalogue
@@ -316,9 +319,15 @@ class MarketClient:
         envelopes = [*known, *news.envelopes]
         releases = tuple(open_envelope(envelope) for envelope in envelopes)
         catalogue = open_mirror(feature_map, releases, news.head, description.market_key)
-        rows, seen = catalogue.rows.tobytes(), b"".join(_read_entries(path.with_name("rows")))
+        rows, seen = catalogue.rows.tobytes(), _read_rows(path.with_name("rows"))
         if rows[: len(seen)] != seen[: len(rows)]:
-            raise InvalidSignature("catalogue: its releases are not those whose rows were synced before: the market shows two histories")
+            raise _two_histories("rows")
+        if any(terms.body != body for terms, body in zip(catalogue.terms, _read_entries(path.with_name("terms")), strict=False)):
+            raise _two_histories("terms")
+        for page in range(pages_of(len(catalogue))):
+            kept, _ = _kept_page(path.parent, page, len(catalogue))
+            if any(catalogue.card(page * PAGE_SIZE + at).body != body for at, body in enumerate(kept)):
+                raise _two_histories("cards")
         if news.envelopes:
             _write_entries(path, envelopes)
         return envelopes, releases, catalogue
@@ -328,17 +337,18 @@ class MarketClient:
         if feature_map.map_id not in description.map_ids:
             raise IncompatibleSpecification(
                 f"map: this market works with {', '.join(i.hex()[:16] for i in description.map_ids)}, got {feature_map.map_id.hex()[:16]}",
-                hint="install the veilmart version that ships the market's map",
+                hint=_hint_for_maps(description.map_ids),
             )
         return description
 
     def _folder(self, description: Description) -> Path:
-        return self._home / description.market_key.hex()[:32]
+        return self._home / f"{description.market_key.hex()[:32]}-v{COPY}"
 
     def _fetch(self, form: Any, start: int, terms: int) -> _News:
         def collect() -> _News:
             envelopes: list[bytes] = []
-            rows, new_terms = bytearray(), []
+            rows = bytearray()
+            new_terms: list[bytes] = []
             head: Head | None = None
             received = 0
             request = pb.SyncRequest(from_index=start, form=form, from_terms=terms)
@@ -346,8 +356,13 @@ class MarketClient:
                 received += chunk.ByteSize()
                 if received > MAX_CATALOGUE_BYTES:
                     raise FormatError(f"catalogue: expected at most {MAX_CATALOGUE_BYTES} bytes of news, got more")
-                if any(len(entry) > MAX_ENVELOPE_BYTES for entry in chunk.entries):
-                    raise FormatError("catalogue: an entry is too large")
+                if (chunk.entries and form == pb.CATALOGUE_FORM_ROWS) or ((chunk.rows or chunk.terms) and form != pb.CATALOGUE_FORM_ROWS):
+                    raise FormatError("catalogue: expected the form that was asked for, got entries of another")
+                if terms + len(new_terms) + len(chunk.terms) > MAX_TERMS:
+                    raise FormatError(f"catalogue: expected at most {MAX_TERMS} terms, got more")
+                for entries, most in ((chunk.entries, MAX_ENVELOPE_BYTES), (chunk.terms, MAX_TERMS_BYTES)):
+                    if any(not MIN_ENTRY_BYTES <= len(entry) <= most for entry in entries):
+                        raise FormatError(f"catalogue: expected entries of {MIN_ENTRY_BYTES} to {most} bytes, got one outside")
                 envelopes.extend(chunk.entries)
                 new_terms.extend(chunk.terms)
                 rows += chunk.rows
@@ -389,6 +404,20 @@ class _News:
     rows: bytes
     terms: list[bytes]
     head: Head
+
+
+def _hint_for_maps(map_ids: Sequence[bytes]) -> str:
+    for name in shipped_maps():
+        if shipped_map(name).map_id in map_ids:
+            return f"the market works with --map {name}"
+    return "give the market's map as --map FILE, or install the veilmart version that ships it"
+
+
+def _two_histories(what: str) -> InvalidSignature:
+    return InvalidSignature(
+        f"catalogue: expected the {what} that were synced before, got others: the market shows two histories",
+        hint="keep the folder `catalogues` as it is, it shows what was signed before, and ask the market's operator",
+    )
 
 
 def _kept_page(folder: Path, page: int, size: int) -> tuple[list[bytes], range]:
@@ -447,6 +476,15 @@ def _read_entries(path: Path) -> list[bytes]:
         entries.append(data[start + 4 : start + 4 + size])
         start += 4 + size
     return entries
+
+
+def _read_rows(path: Path) -> bytes:
+    """Return the rows of a local copy; one that holds no whole rows is another program's and is dropped."""
+    rows = b"".join(_read_entries(path))
+    if len(rows) % ROW.itemsize:
+        path.unlink()
+        return b""
+    return rows
 
 
 def _write_entries(path: Path, entries: list[bytes]) -> None:

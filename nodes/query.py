@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nodes.market_client import Exchange, MarketClient, Mirror
 from nodes.records import Prompt, Record
-from protocol.catalogue import PAGE_SIZE, ROW, Catalogue, Terms, centred_means
+from protocol.catalogue import ROW, Catalogue, Terms, centred_means
 from protocol.errors import StaleCatalogue, UsageError
 from protocol.features import VIEWS, FeatureMap
 from protocol.scoring import Match, Ranking, Scores, Sketch, rank, score, sketch_of
@@ -85,11 +85,11 @@ class Found:
         return self.exchange.server_cpu_ms if self.exchange else None
 
     def position_of(self, match: Match) -> int:
-        """Return where a match stands in the catalogue, whether its card was fetched or not."""
+        """Return where a match stands in the catalogue."""
         return int(np.argsort(-self.scores.llr, kind="stable")[match.rank - 1])
 
     def title_of(self, match: Match) -> str:
-        """Return the title of a match, NAME@HEX; raise NotFound if its card was not fetched."""
+        """Return the title of a match, NAME@HEX."""
         return self.catalogue.card(self.position_of(match)).title
 
     def name_of(self, release_id: bytes) -> str:
@@ -119,20 +119,18 @@ def find_encrypted(
     feature_map: FeatureMap,
     filters: Filters = ANY,
     *,
-    top: int = 5,
-    all_cards: bool = False,
     on_exchange: Callable[[Exchange], None] = ignore_exchange,
 ) -> Found:
     """Return the ranking of an encrypted query: the market multiplies ciphertext, and only this process can decrypt.
 
-    The cards of the best `top` releases come with it, by whole pages, or all of them.  `on_exchange` is given the signed answer before
-    anything of it is looked at: one that turns out to be implausible is the one to keep.
+    Nothing is fetched after the answer: whatever it decrypts to, and whether it is refused, the market sees the same calls.
+    `on_exchange` is given the signed answer before anything of it is looked at: one that turns out to be implausible is the one to keep.
     A release that is published between sync and query may make the catalogue stale; then both are done again.
     """
     from protocol.encryption import MatchPlan, QueryKey
 
     for _ in range(STALE_RETRIES):
-        catalogue = client.sync(feature_map, all_cards=all_cards)
+        catalogue = client.sync(feature_map)
         if not catalogue.head.size:
             return _ranked(np.zeros(0), catalogue, sketch, filters)
         plan = MatchPlan.build(catalogue.head.size, feature_map.dimension)
@@ -146,9 +144,6 @@ def find_encrypted(
         # Rows hold both views whatever the query; its own zeros leave out the second.
         norms = np.sqrt(np.maximum(catalogue.columns(len(VIEWS)).norms_squared, 0.0))
         products = key.decrypt(exchange.proof.answer, norms)
-        scores = score(products, catalogue.columns(sketch.views), sketch, feature_map)
-        kept = filters.positions(catalogue)
-        catalogue = client.with_cards(catalogue, kept[np.argsort(-scores.llr[kept], kind="stable")[:top]].tolist())
         return _ranked(products, catalogue, sketch, filters, exchange)
     raise StaleCatalogue("catalogue: it changed during each of several queries", hint="try again in a moment")
 
@@ -159,7 +154,7 @@ def prices(size: int, dimension: int) -> dict[str, int]:
 
     if not size:
         return {"mirror": 0, "encrypted": 0}
-    cards = TYPICAL_CARD_BYTES * min(size, PAGE_SIZE)  # one page, as long as the candidates stand on one
+    cards = TYPICAL_CARD_BYTES * size  # all of them: which are wanted must not show
     answer = MatchPlan.build(size, dimension).answer_bytes
     return {"mirror": size * TYPICAL_ENVELOPE_BYTES, "encrypted": size * ROW.itemsize + cards + STD128.query_bytes + answer}
 

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from protocol.codec import decode, domain_tag, encode, format_decimal, parse_decimal, take
 from protocol.errors import FormatError, IncompatibleSpecification, InvalidSignature, NotFound, UsageError
 from protocol.features import CENTRE_SCALE, VIEWS, FeatureMap
-from protocol.privacy import Guarantee, NeighbouringRelation, PrivacyUnit
+from protocol.privacy import Guarantee, NeighbouringRelation, PrivacyUnit, noise_variance
 from protocol.release import NAME, Release
-from protocol.specification import COUNT_STEP, FEATURE_SCALE, Specification
+from protocol.specification import COUNT_STEP, FEATURE_SCALE, NORM_SQUARED, Specification
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 TAG = domain_tag("catalogue", 2)
 TERMS = domain_tag("terms", 1)
 EMPTY_HEAD = bytes(32)
-PAGE_SIZE = 4096  # cards fetched together: the anonymity set of a candidate whose name is looked up
+PAGE_SIZE = 4096  # cards chained and fetched together
 MAX_TERMS_BYTES = 4096
 ROW = np.dtype(
     [
@@ -105,6 +105,14 @@ def root_of_pages(chains: Iterable[bytes]) -> bytes:
     return hashlib.sha256(b"".join(chains)).digest()
 
 
+def name_of_map(map_id: bytes) -> str:
+    """Return how a map is called for people: its name if it ships with veilmart, and the first digits of its id."""
+    from protocol.features import shipped_map, shipped_maps
+
+    names = [name for name in shipped_maps() if shipped_map(name).map_id == map_id]
+    return f"{names[0]} ({map_id.hex()[:16]})" if names else map_id.hex()[:16]
+
+
 # Entries ------------------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +164,8 @@ def parse_terms(body: bytes) -> Terms:
         guarantee = Guarantee(*numbers, NeighbouringRelation(relation), PrivacyUnit.parse(unit))
     except (UsageError, ValueError):
         raise FormatError("terms: expected a guarantee that a release can have") from None
+    if variance < (least := noise_variance(guarantee, NORM_SQUARED)):  # no release can have it, and its row would claim confidence
+        raise FormatError(f"terms: expected a noise variance of at least {least} for this guarantee, got {variance}")
     terms = Terms(variance, guarantee, base_model, licence, adapter_class, adapter_guarantee)
     if terms.body != body:
         raise FormatError("terms: not in canonical form")
@@ -299,7 +309,7 @@ class Catalogue:
     def card(self, position: int) -> CardEntry:
         """Return the card of the release at a position; raise NotFound if its page was not fetched."""
         if position not in self.cards:
-            raise NotFound(f"card {position}: its page of {PAGE_SIZE} was not fetched", hint="fetch the pages of what is shown, or all")
+            raise NotFound(f"card {position}: its page of {PAGE_SIZE} was not fetched", hint="sync fetches all pages")
         return self.cards[position]
 
     @property

@@ -146,7 +146,7 @@ def judge(proof: AnswerProof, releases: Sequence[Release], feature_map: FeatureM
 
     releases: all releases of the catalogue at the proof's head, in order; a longer catalogue will do.
     "Proven wrong" is said only if the market of `proof.market_key` signed head, query and answer, the releases are those of that head,
-    and evaluation gives other bytes.  Whatever could be somebody else's mistake is "not a proof", and accuses nobody.
+    and its rows, its terms or evaluation are other bytes.  Whatever could be somebody else's mistake is "not a proof", and accuses nobody.
     """
     try:
         verify_head(proof.head, proof.market_key)
@@ -162,7 +162,11 @@ def judge(proof: AnswerProof, releases: Sequence[Release], feature_map: FeatureM
         tables: Tables = tables_of(releases, feature_map)
     except (FormatError, IncompatibleSpecification) as error:
         return Judgement(Finding.NO_PROOF, f"releases: {error}")
-    if tables.head().signed_bytes != proof.head.signed_bytes:
+    head = tables.head()
+    if (head.size, head.cards) == (proof.head.size, proof.head.cards) and head.signed_bytes != proof.head.signed_bytes:
+        # Cards hold the ids, so these are the releases of that head, and rows and terms follow from them without any choice.
+        return Judgement(Finding.WRONG, "the market signed rows or terms that are not those of its releases")
+    if head.signed_bytes != proof.head.signed_bytes:
         return Judgement(Finding.NO_PROOF, "the releases are not those of the catalogue that the market signed")
     try:
         plan = MatchPlan.build(proof.head.size, feature_map.dimension, preset(proof.parameters))

@@ -1,5 +1,7 @@
 """The index on disk: found again, checked, never half there; and queries that go on while it is built."""
 
+import asyncio
+import errno
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from market_node import index as indices
+from market_node import service
 from market_node.index import HEADER_BYTES, MarketIndex, TileFolder
 from market_node.service import MarketService
 from market_node.store import Store
@@ -172,6 +175,9 @@ def test_without_its_checksum_a_damaged_tile_would_be_used(store, small_tiles, m
     path.write_bytes(data)
 
     class Agreeable:
+        def update(self, rest):
+            pass
+
         def digest(self):
             return data[:32]
 
@@ -180,6 +186,52 @@ def test_without_its_checksum_a_damaged_tile_would_be_used(store, small_tiles, m
     monkeypatch.undo()
     assert tile is not None
     assert len(data) > HEADER_BYTES
+
+
+def test_a_tile_under_anothers_name_is_encoded_again(store, small_tiles, monkeypatch):
+    add(store, 9)
+    newest(opened(store), store)
+    first, second = files(store)[:2]
+    whole = first.read_bytes(), second.read_bytes()
+    first.write_bytes(whole[1])
+    second.write_bytes(whole[0])
+    assert same(newest(opened(store), store).index, from_scratch(store, 9))
+    assert (first.read_bytes(), second.read_bytes()) == whole
+    monkeypatch.setattr(indices, "ENCODING", indices.ENCODING + 1)
+    later = opened(store)
+    newest(later, store)
+    assert set(later._tiles).isdisjoint((first.name, second.name)), "a later encoder takes no tile of an earlier one"
+
+
+def test_a_full_disk_stops_no_query(store, small_tiles, monkeypatch, caplog):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(indices, "write_durably", full)
+    add(store, 9)
+    index = opened(store)
+    index.refresh()
+    assert same(newest(index, store).index, from_scratch(store, 9))
+    assert "tile not written" in caplog.text
+
+
+def test_a_refresh_that_fails_is_tried_again_at_the_next_release(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(service, "REFRESH_S", 0.0)
+
+    async def publish_twice(market) -> list[str]:
+        tried = []
+        market._matcher.index.refresh = lambda: tried.append("refresh") or {}["nothing"]
+        for _ in range(2):
+            market._refresh_soon()
+            await market._refreshing
+        return tried
+
+    store = Store.open(tmp_path)
+    market = MarketService(store, MAP, OWNER, simulation=False)
+    assert asyncio.run(publish_twice(market)) == ["refresh", "refresh"]
+    assert "index not refreshed kind=KeyError" in caplog.text
+    market.close()
+    store.close()
 
 
 WRITER = """

@@ -6,9 +6,11 @@ import textwrap
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from market_node.service import MarketService
 from market_node.store import Store
-from protocol.catalogue import EMPTY_CATALOGUE, Head, Terms, scalars_of, tables_of
+from protocol.catalogue import EMPTY_CATALOGUE, Head, Terms, name_of_map, scalars_of, tables_of
 from protocol.errors import AlreadyPublished, NotFound, UsageError
+from protocol.features import shipped_map
 from protocol.release import open_envelope
 from tests.protocol.worlds import ADAPTER, envelope_of, small_map
 
@@ -71,11 +73,13 @@ def test_every_connection_is_fully_synchronous(store):
 WRITER = """
     import sys
     from pathlib import Path
-    from market_node.store import Store
+    from market_node.service import MarketService
+from market_node.store import Store
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     sys.path.insert(0, ".")
     from protocol.catalogue import scalars_of
-    from protocol.release import open_envelope
+    from protocol.features import shipped_map
+from protocol.release import open_envelope
     from tests.protocol.worlds import envelope_of, small_map
     store, feature_map, key = Store.open(Path(sys.argv[1])), small_map(), Ed25519PrivateKey.generate()
     for number in range(1, 10_000):
@@ -181,3 +185,19 @@ def test_a_store_of_another_version_is_refused_and_left_as_it_is(tmp_path):
     with sqlite3.connect(tmp_path / "market.db") as db:
         assert db.execute("SELECT name FROM sqlite_master").fetchall() == [("release",)]
     db.close()
+
+
+def test_a_market_does_not_start_under_another_map_than_its_releases(store):
+    other = small_map("other", seed=9)
+    store.require_map(other)  # an empty folder is anybody's
+    append(store, ENVELOPES[0])
+    with pytest.raises(UsageError, match=f"{MAP.map_id.hex()[:16]}, got {other.map_id.hex()[:16]}"):
+        MarketService(store, other, OWNER, simulation=False)
+    store.require_map(MAP)
+    assert name_of_map(shipped_map("kme-rff-256").map_id).startswith("kme-rff-256 (")
+
+
+def test_a_damaged_database_is_refused_by_its_path(tmp_path):
+    (tmp_path / "market.db").write_bytes(b"no database at all" * 300)
+    with pytest.raises(UsageError, match=r"market\.db: expected a market's database"):
+        Store.open(tmp_path)

@@ -3,6 +3,7 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -16,13 +17,14 @@ from market_node.store import Store
 from nodes.command import build
 from nodes.market_client import MarketClient
 from nodes.query import find_encrypted, mirror_is_cheaper, prices
-from protocol.catalogue import centred_means, scalars_of
+from protocol.catalogue import Head, centred_means, scalars_of
 from protocol.encryption import STD128, MatchPlan, QueryKey
-from protocol.errors import FormatError, InvalidSignature, StaleCatalogue, VeilmartError
+from protocol.errors import FormatError, InvalidSignature, StaleCatalogue, UsageError, VeilmartError
 from protocol.proof import AnswerProof, Finding, judge, pack_releases, sign_statement, statement_of
 from protocol.release import open_envelope
 from protocol.scoring import sketch_of
 from tests.market_node.market import running_market
+from tests.nodes.test_sync import small_pages
 from tests.protocol.worlds import envelope_of, features, small_map
 
 MAP = small_map()
@@ -139,6 +141,24 @@ def test_a_kept_proof_convicts_a_liar_and_clears_an_honest_market(tmp_path, alte
     assert AnswerProof.from_bytes((tmp_path / "kept.proof").read_bytes()) == proof
 
 
+def test_a_file_that_is_no_proof_convicts_nobody(tmp_path):
+    """Exit code 7 is a verdict on a market: files of another kind, torn files and releases with a broken signature are 2."""
+    plan = MatchPlan.build(1, MAP.dimension)
+    head = Head(1, bytes(32), 1, bytes(32), bytes(32), bytes(64))
+    query, answer = bytes(STD128.query_bytes), bytes(plan.answer_bytes)
+    proof = AnswerProof(bytes(32), MAP.map_id, STD128.name, head, bytes(32), query, answer, bytes(64)).to_bytes()
+    envelope = envelope_of(MAP, Ed25519PrivateKey.generate())
+    good, broken = pack_releases([envelope]), pack_releases([envelope[:-1] + bytes([envelope[-1] ^ 1])])
+    (tmp_path / "small.map").write_bytes(MAP.manifest)
+    for number, (first, second) in enumerate([(b"text", good), (proof[:-1], good), (good, good), (proof, proof), (proof, broken)]):
+        (tmp_path / "proof").write_bytes(first)
+        (tmp_path / "releases").write_bytes(second)
+        words = str(tmp_path / "proof"), "--releases", str(tmp_path / "releases"), "--map", str(tmp_path / "small.map")
+        done = CliRunner().invoke(build(None), ["verify", "answer", *words, "--home", str(tmp_path / "h")])
+        assert isinstance(done.exception, UsageError), number
+        assert done.exception.exit_code == 2
+
+
 def answers_garbage(matcher, version, queries, answers):
     return [resigned(matcher, version, q, a, b"\xa5" * len(a.data)) for q, a in zip(queries, answers, strict=True)]
 
@@ -152,6 +172,46 @@ def test_an_implausible_answer_is_refused_and_kept_as_evidence(tmp_path):
             find_encrypted(SKETCH, client, MAP, on_exchange=kept.append)
         releases = [open_envelope(envelope) for envelope in client.envelopes(MAP)]
     assert judge(kept[0].proof, releases, MAP).finding is Finding.WRONG
+
+
+class Recorded:
+    """A stub that writes down which calls are made with which bytes, and which were not read to their end."""
+
+    def __init__(self, stub):
+        self._stub, self.calls = stub, []
+
+    def __getattr__(self, name):
+        def call(request, **how):
+            sent = request.SerializeToString() if hasattr(request, "SerializeToString") else b""
+            answer = getattr(self._stub, name)(request, **how)
+            self.calls.append((name, sent))
+            return self._read(name, answer) if hasattr(answer, "cancel") else answer
+
+        return call
+
+    def _read(self, name, answer):
+        yield from answer
+        self.calls.append((name, b"read to its end"))
+
+
+def answers_too_long(matcher, version, queries, answers):
+    return [resigned(matcher, version, q, a, a.data * 50) for q, a in zip(queries, answers, strict=True)]
+
+
+def test_the_market_sees_the_same_calls_whatever_its_answer_decrypts_to_and_whether_it_is_refused(tmp_path, monkeypatch):
+    """More than a page of releases: cards fetched after an answer would show which scores it decrypted to."""
+    small_pages(monkeypatch, 2)
+    seen = []
+    for name, alter in {"honest": lambda m, v, q, a: a, "garbage": answers_garbage, "too long": answers_too_long}.items():
+        market = running_market(tmp_path / f"m-{name}", MAP, service_type=lying(alter))
+        with market as (address, ca, _), MarketClient(address, ca, tmp_path / f"home-{name}") as client:
+            publish(client, 5)
+            client._stub = recorded = Recorded(client._stub)
+            with nullcontext() if name == "honest" else pytest.raises(FormatError):
+                find_encrypted(SKETCH, client, MAP)
+        seen.append(recorded.calls)
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0][-1] == ("Match", b"read to its end")
 
 
 def test_a_release_that_comes_between_sync_and_query_costs_nothing(tmp_path):
@@ -257,5 +317,5 @@ def test_the_cheaper_way_is_chosen_by_public_numbers():
     assert not mirror_is_cheaper(10_000, 96)
     price = prices(10_000, 96)
     assert price["mirror"] == 13_000_000
-    assert price["encrypted"] < 4096 * 45 + STD128.query_bytes + 16 * 10_000 + 100_000
+    assert price["encrypted"] < 10_000 * 45 + STD128.query_bytes + 16 * 10_000 + 100_000
     assert prices(0, 96) == {"mirror": 0, "encrypted": 0}

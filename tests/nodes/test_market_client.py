@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from market_node.service import MarketService, answering, streaming
 from nodes.learnwares import local_learnware, pull_learnware
-from nodes.market_client import MarketClient, find_release_id
+from nodes.market_client import MarketClient, _write_entries, find_release_id
 from protocol.admission import AdmissionPolicy
 from protocol.catalogue import SCALARS_BYTES, scalars_of, tables_of
 from protocol.errors import (
@@ -23,6 +23,7 @@ from protocol.errors import (
     UsageError,
     VeilmartError,
 )
+from protocol.features import shipped_map
 from protocol.privacy import Guarantee, PrivacyUnit
 from protocol.release import AdapterReference, open_envelope
 from protocol.wire import market_pb2 as pb
@@ -64,6 +65,17 @@ def test_a_damaged_local_copy_is_fetched_again(tmp_path):
         damaged[50] ^= 1
         copy.write_bytes(damaged)
         assert len(client.sync(MAP).names) == 3
+
+
+def test_a_local_copy_of_another_form_is_dropped(tmp_path):
+    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        publish_three(client)
+        folder = client._folder(client.describe())
+        assert folder.name.endswith("-v2")
+        for ask in (client.sync, client.mirror):
+            _write_entries(folder / "rows", [b"x" * 57, b"y" * 60])  # one entry a row, as before catalogue v2
+            found = ask(MAP)
+            assert len(getattr(found, "catalogue", found)) == 3
 
 
 def lying(**methods):
@@ -143,6 +155,40 @@ def test_a_lie_is_refused_and_nothing_is_stored(tmp_path, methods, ask, error):
         with pytest.raises(error):
             ask(client, envelopes)
     assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.suffix != ".market-key"]
+
+
+FLOODS = {
+    "too many terms": ({"terms": [bytes([65]) * 64] * 40_000}, lambda c: c.sync(MAP), 3),
+    "empty terms": ({"terms": [b""]}, lambda c: c.sync(MAP), 2),
+    "oversized terms": ({"terms": [bytes(5000)]}, lambda c: c.sync(MAP), 2),
+    "envelopes for rows": ({"entries": [bytes(100)]}, lambda c: c.sync(MAP), 2),
+    "empty envelopes": ({"entries": [b""]}, lambda c: c.mirror(MAP), 2),
+    "terms for envelopes": ({"terms": [bytes(100)]}, lambda c: c.mirror(MAP), 2),
+}
+
+
+@pytest.mark.parametrize(("content", "ask", "reads"), FLOODS.values(), ids=FLOODS)
+def test_a_flood_is_refused_while_it_is_received(tmp_path, content, ask, reads):
+    """Entries of no bytes cost a client eight times what they weigh: the limit on bytes alone bounds no memory."""
+    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        sent = []
+
+        class Flooding:
+            def __init__(self, stub):
+                self._stub = stub
+
+            def __getattr__(self, name):
+                return getattr(self._stub, name)
+
+            def SyncCatalogue(self, request, timeout):
+                for _ in range(100):
+                    sent.append(1)
+                    yield pb.CatalogueChunk(**content)
+
+        client._stub = Flooding(client._stub)
+        with pytest.raises(FormatError, match="catalogue"):
+            ask(client)
+        assert len(sent) < reads
 
 
 def test_a_market_that_forgets_what_it_showed_is_refused(tmp_path):
@@ -232,6 +278,15 @@ def test_a_market_with_another_map_is_refused_with_both_ids(tmp_path):
     with running_market(tmp_path / "m", small_map("other", 5)) as (address, ca, _), MarketClient(address, ca, tmp_path) as client:
         with pytest.raises(IncompatibleSpecification, match=MAP.map_id.hex()[:16]):
             client.sync(MAP)
+
+
+@pytest.mark.parametrize("name", ["kme-rff-256", ""], ids=["shipped", "a file"])
+def test_the_hint_names_the_map_that_the_market_works_with(tmp_path, name):
+    feature_map = shipped_map(name) if name else small_map("other", 5)
+    with running_market(tmp_path / "m", feature_map) as (address, ca, _), MarketClient(address, ca, tmp_path) as client:
+        with pytest.raises(IncompatibleSpecification) as caught:
+            client.sync(MAP)
+    assert (f"--map {name}" if name else "--map FILE") in caught.value.hint
 
 
 def test_a_foreign_certificate_authority_is_no_market(tmp_path):

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from nodes.market_client import MarketClient
+from nodes.market_client import MarketClient, _read_entries, _write_entries
 from nodes.query import Filters, find_encrypted, find_in_mirror
 from protocol.catalogue import scalars_of
-from protocol.errors import UsageError
+from protocol.errors import InvalidSignature, UsageError
 from protocol.privacy import Guarantee
 from protocol.release import Card, sign_release
 from protocol.scoring import sketch_of
@@ -55,24 +55,20 @@ def test_a_new_release_costs_sixteen_bytes_of_sync(tmp_path, monkeypatch):
         assert costs[0] < 220, "a signed head"
         assert 0 <= costs[1] - costs[0] - 16 <= 3, "the framing of one chunk"
         assert 0 <= costs[2] - costs[0] - 1600 <= 4
-        assert "cards" not in received(client), "more than a page: none is fetched unasked"
 
 
-def test_cards_are_fetched_by_whole_pages_once(tmp_path, monkeypatch):
+def test_all_cards_are_fetched_by_whole_pages_once(tmp_path, monkeypatch):
     small_pages(monkeypatch, 8)
     with running_market(tmp_path / "m", MAP) as (address, ca, store), MarketClient(address, ca, tmp_path / "home") as client:
         many(store, 20)
-        catalogue = client.with_cards(client.sync(MAP), [9])
-        assert sorted(catalogue.cards) == list(range(8, 16)), "the page of the candidate, and no other"
+        assert client.sync(MAP).names == tuple(f"owner-{seed}" for seed in range(20))
         after = received(client)["cards"]
-        assert client.with_cards(client.sync(MAP), [10, 15]).card(15).name == "owner-15"
+        assert client.sync(MAP).card(15).name == "owner-15"
         assert received(client)["cards"] == after, "kept here"
-        assert client.sync(MAP, all_cards=True).names == tuple(f"owner-{seed}" for seed in range(20))
         many(store, 3, first=20)  # the last page grows: only its new cards come
         before = received(client)["cards"]
-        assert client.with_cards(client.sync(MAP), [22]).card(22).name == "owner-22"
+        assert client.sync(MAP).card(22).name == "owner-22"
         assert received(client)["cards"] - before < 2 * 120 + 3 * 45
-        assert [client.with_kept_cards(client.sync(MAP)).card(at).name for at in (0, 22)] == ["owner-0", "owner-22"]
 
 
 def test_a_damaged_page_of_cards_is_fetched_again(tmp_path):
@@ -85,6 +81,48 @@ def test_a_damaged_page_of_cards_is_fetched_again(tmp_path):
             damaged[40] ^= 1
             copy.write_bytes(damaged)
             assert client.sync(MAP).names == tuple(f"owner-{seed}" for seed in range(5))
+
+
+def rewrite_card(store, position: int) -> None:
+    """What an operator can do: another card under all chains, signed by the same key."""
+    from market_node.store import RELEASES
+    from protocol import catalogue
+
+    cards = store.cards(0, store.head().size)
+    cards[position] = cards[position][:-1] + b"x"
+    pages = []
+    with store._writing.begin() as db:
+        for at, card in enumerate(cards):
+            if at % catalogue.PAGE_SIZE == 0:
+                pages.append(catalogue.EMPTY_HEAD)
+            pages[-1] = catalogue.extend_head(pages[-1], [card])
+            values = {"card": card, "page_chain": pages[-1], "cards_root": catalogue.root_of_pages(pages)}
+            db.execute(RELEASES.update().where(RELEASES.c.position == at).values(values))
+
+
+@pytest.mark.parametrize("news", [0, 1, 5], ids=["nothing new", "the page grew", "several new pages"])
+@pytest.mark.parametrize("position", [0, 4], ids=["a full page", "the last page"])
+def test_a_card_that_is_rewritten_is_noticed_whatever_is_new(tmp_path, monkeypatch, news, position):
+    small_pages(monkeypatch, 3)
+    with running_market(tmp_path / "m", MAP) as (address, ca, store), MarketClient(address, ca, tmp_path / "home") as client:
+        many(store, 5)
+        client.sync(MAP)
+        many(store, news, first=5)
+        rewrite_card(store, position)
+        for _ in range(2):
+            with pytest.raises(InvalidSignature, match="two histories"):
+                client.sync(MAP)
+
+
+@pytest.mark.parametrize("what", ["terms", "cards/0"])
+def test_a_mirror_is_compared_with_terms_and_cards_that_were_synced(tmp_path, what):
+    with running_market(tmp_path / "m", MAP) as (address, ca, store), MarketClient(address, ca, tmp_path / "home") as client:
+        many(store, 3)
+        client.sync(MAP)
+        folder = client._folder(client.describe())
+        _write_entries(folder / what, [entry[:-1] + b"x" for entry in _read_entries(folder / what)])
+        with pytest.raises(InvalidSignature, match="two histories"):
+            client.mirror(MAP)
 
 
 def test_mirror_and_encrypted_query_rank_by_the_same_numbers(tmp_path):

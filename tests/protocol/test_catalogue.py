@@ -194,6 +194,7 @@ BAD_TERMS = {
     "an unknown relation": changed(relation="friends"),
     "a unit that is none": changed(unit="field:text"),
     "no noise": changed(noise_variance=0),
+    "less noise than its epsilon needs": changed(noise_variance=1_000_000),
     "a novel": changed(licence="x" * 5000),
     "a field too many": changed(extra="1"),
     "a short base model": TABLES.terms[1][:-1],

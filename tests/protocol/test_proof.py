@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from protocol.catalogue import centred_means, sign_head, tables_of
+from protocol.catalogue import ROW, Tables, centred_means, sign_head, tables_of
 from protocol.encryption import PQ_STRICT, STD128, EncryptedScores, MatchPlan, QueryKey
 from protocol.errors import FormatError, InvalidSignature, UnsupportedVersion
 from protocol.evaluation import EncodedIndex, evaluate
@@ -142,6 +142,21 @@ def test_other_releases_than_the_catalogues_accuse_nobody():
     for releases in (RELEASES[:-1], RELEASES[::-1], [*RELEASES[:2], other, *RELEASES[3:]], []):
         assert found(HONEST, releases) is Finding.NO_PROOF
     assert found(HONEST, [*RELEASES, other]) is Finding.HONEST, "a catalogue that grew since will do"
+
+
+def test_a_market_that_signs_rows_or_terms_of_its_own_is_proven_wrong():
+    """A row that claims less noise or a longer mean wins rankings while the answer to every query is right."""
+    tables = tables_of(RELEASES, MAP)
+    rows = np.frombuffer(tables.rows, ROW).copy()
+    rows["norms_squared"][2] *= 50
+    terms = (tables.terms[0].replace(b'"1.0"', b'"0.9"'), *tables.terms[1:])
+    assert terms != tables.terms
+    for lie in (Tables(rows.tobytes(), tables.terms, tables.cards), Tables(tables.rows, terms, tables.cards)):
+        proof = replace(HONEST, head=sign_head(lie.head(), MARKET))
+        proof = replace(proof, signature=sign_statement(proof.statement, MARKET))
+        assert found(proof) is Finding.WRONG
+        assert found(proof, [*RELEASES[:5], release_of(MAP, OWNERS[5], seed=99)]) is Finding.NO_PROOF
+        assert found(replace(proof, head=sign_head(lie.head(), STRANGER))) is Finding.NO_PROOF
 
 
 def test_a_preset_is_not_signed_but_fixes_the_lengths():
