@@ -12,9 +12,9 @@ demo: model
 test: model check
 	$(BIN)/python -m pytest -n $(WORKERS) -q -m "not slow and not nightly"
 slow: model
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow --timeout 900
 nightly: model
-	$(BIN)/python -m pytest -q -m nightly
+	$(BIN)/python -m pytest -q -m nightly --timeout 3600
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
