@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from protocol.catalogue import Columns, centred_means, columns_of
 from protocol.features import FeatureMap
 from protocol.hazmat.noise import NoiseSource
+from protocol.mixture import simplex_least_squares
 from protocol.privacy import Guarantee
 from protocol.scoring import Scores, Sketch, accepted_in, constants_for, score
 from protocol.specification import FEATURE_SCALE, estimate, quantise
@@ -172,34 +173,16 @@ def excess(values: Array, pick: int) -> float:
 # Mixture weights.
 
 
-def project_to_simplex(v: Array) -> Array:
-    """Return the nearest point with non-negative coordinates that sum to 1.  Source: Duchi et al. 2008, figure 1."""
-    ordered = np.sort(v)[::-1]
-    excesses = (np.cumsum(ordered) - 1) / np.arange(1, len(v) + 1)
-    last = np.flatnonzero(ordered > excesses)[-1]
-    return np.maximum(v - excesses[last], 0.0)
-
-
-def mixture_weights(means: Array, query: Array, noise_squared: Array | float = 0.0, rounds: int = 500) -> Array:
+def mixture_weights(means: Array, query: Array, noise_squared: Array | float = 0.0) -> Array:
     """Return the convex weights w with the smallest ||query - sum_i w_i mu_i||^2.
 
     means: (N, D) released means; query: (D,).  noise_squared: the expected squared length D sigma_i^2 of each mean's noise.  Independent
     noise lengthens the diagonal of the Gram matrix and nothing else, which makes even mixtures look too good: it is taken off there.
-    What then is no Gram matrix any more loses its negative eigenvalues.  Accelerated projected gradient (Beck and Teboulle 2009).
+    What then is no Gram matrix any more loses its negative eigenvalues.
     """
     values, vectors = np.linalg.eigh(means @ means.T - np.diag(np.broadcast_to(noise_squared, len(means))))
     gram = (vectors * np.maximum(values, 0.0)) @ vectors.T
-    products, step = means @ query, 1 / max(float(values[-1]), 1e-12)
-    weights = ahead = np.full(len(means), 1 / len(means))
-    momentum = 1.0
-    for _ in range(rounds):
-        following = project_to_simplex(ahead - step * (gram @ ahead - products))
-        grown = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-        ahead = following + (momentum - 1) / grown * (following - weights)
-        if np.abs(following - weights).max() < 1e-7:
-            return following
-        weights, momentum = following, grown
-    return weights
+    return simplex_least_squares(gram, means @ query)
 
 
 # Intervals.

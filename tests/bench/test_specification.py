@@ -22,7 +22,6 @@ from tests.bench.rules import (
     of_labels,
     of_task,
     pools_of,
-    project_to_simplex,
     publish,
     sample,
     similarities,
@@ -102,12 +101,6 @@ def test_compositions_keep_to_one_task_and_sum_to_one():
     assert sum(of_task(pools, rng) > 0) == 4  # a shard has every label of its task
     assert sum(of_labels(pools, rng) > 0) <= 2  # a subset has at most half
     assert len(sample(pools.train, of_labels(pools, rng), 500, rng)) == 500
-
-
-def test_projection_to_the_simplex():
-    assert project_to_simplex(np.array([0.2, 0.8])).tolist() == pytest.approx([0.2, 0.8])
-    assert project_to_simplex(np.array([5.0, 0.0, -1.0])).tolist() == [1.0, 0.0, 0.0]
-    assert project_to_simplex(np.zeros(4)).tolist() == [0.25] * 4
 
 
 def test_mixture_weights_without_noise_are_exact():
