@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from protocol.errors import NotAdmitted, UsageError
-from protocol.privacy import MAX_EPSILON, Guarantee, noise_variance
+from protocol.privacy import MAX_EPSILON, AdapterGuarantee, Guarantee, noise_variance
 from protocol.specification import COUNT_STEP, FEATURE_SCALE, NORM_SQUARED, Specification
+
+if TYPE_CHECKING:
+    from protocol.release import Release
 
 STDS = 4.0  # how far from its expectation an honest norm may be
 
@@ -24,10 +28,14 @@ class AdmissionPolicy:
     largest_epsilon: float = 2.0
     delta: float | None = 1e-6  # exactly: figures at different deltas cannot be compared
     smallest_count: int | None = 50  # noisy number of privacy units
+    largest_adapter_epsilon: float | None = None  # None: an adapter may come without a guarantee
 
     def __post_init__(self) -> None:
         if not 0 < self.largest_epsilon <= MAX_EPSILON:
             raise UsageError(f"largest epsilon: expected a number in (0, {MAX_EPSILON:g}], got {self.largest_epsilon:g}")
+        adapters = self.largest_adapter_epsilon
+        if adapters is not None and not 0 < adapters <= MAX_EPSILON:
+            raise UsageError(f"largest adapter epsilon: expected a number in (0, {MAX_EPSILON:g}], got {adapters:g}")
         if self.delta is not None and not 1e-12 <= self.delta <= 1e-2:
             raise UsageError(f"delta: expected a number in [1e-12, 0.01], got {self.delta:g}")
         if self.smallest_count is not None and not 1 <= self.smallest_count < 1 << 20:
@@ -36,6 +44,13 @@ class AdmissionPolicy:
 
 # What a simulation takes: every epsilon, every count.  Variance and norms are checked as everywhere.
 LENIENT = AdmissionPolicy(MAX_EPSILON, None, None)
+
+
+def admit_release(release: Release, policy: AdmissionPolicy) -> None:
+    """Return nothing if a release may stand in a ranking: its specification by its integers, its adapter by the guarantee stated."""
+    admit(release.specification, policy)
+    if release.adapter is not None:
+        require_adapter(release.adapter.guarantee, policy)
 
 
 def admit(specification: Specification, policy: AdmissionPolicy) -> None:
@@ -77,3 +92,20 @@ def require_claim(guarantee: Guarantee, policy: AdmissionPolicy) -> None:
         )
     if policy.delta is not None and guarantee.delta != policy.delta:
         raise NotAdmitted(f"delta: expected {policy.delta:g}, got {guarantee.delta:g}", hint="the market's policy sets the delta of all")
+
+
+def require_adapter(promise: AdapterGuarantee, policy: AdmissionPolicy) -> None:
+    """Raise NotAdmitted unless the policy takes adapters under this promise: what an owner can know before anything is trained."""
+    if policy.largest_adapter_epsilon is None:
+        return
+    if isinstance(promise, str):
+        raise NotAdmitted(
+            f"adapter: expected a guarantee of epsilon {policy.largest_adapter_epsilon:g} or less, got {promise}",
+            hint="`veilmart node publish --epsilon-adapter E` trains with one, --no-train publishes a specification alone",
+        )
+    guarantee = promise.guarantee
+    if guarantee.epsilon > policy.largest_adapter_epsilon or (policy.delta is not None and guarantee.delta > policy.delta):
+        delta = "" if policy.delta is None else f" at delta {policy.delta:g} or less"
+        raise NotAdmitted(
+            f"adapter: expected epsilon {policy.largest_adapter_epsilon:g} or less{delta}, got {guarantee.epsilon:g} at {guarantee.delta:g}"
+        )

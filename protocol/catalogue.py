@@ -13,6 +13,8 @@ Every byte can be recomputed from the releases, so a market that publishes a wro
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -25,7 +27,7 @@ from numpy.typing import NDArray
 from protocol.codec import decode, domain_tag, encode, format_decimal, parse_decimal, take
 from protocol.errors import FormatError, IncompatibleSpecification, InvalidSignature, NotFound, UsageError
 from protocol.features import CENTRE_SCALE, VIEWS, FeatureMap
-from protocol.privacy import Guarantee, NeighbouringRelation, PrivacyUnit, noise_variance
+from protocol.privacy import GUARANTEE_TEXT, Guarantee, NeighbouringRelation, PrivacyUnit, noise_variance
 from protocol.release import NAME, Release
 from protocol.specification import COUNT_STEP, FEATURE_SCALE, NORM_SQUARED, Specification
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 TAG = domain_tag("catalogue", 2)
 TERMS = domain_tag("terms", 1)
+ADAPTER_EPSILON = re.compile(r"epsilon (\d+(?:\.\d+)?(?:e-?\d+)?) at ")
 EMPTY_HEAD = bytes(32)
 PAGE_SIZE = 4096  # cards chained and fetched together
 MAX_TERMS_BYTES = 4096
@@ -125,7 +128,7 @@ class Terms:
     base_model: bytes
     licence: str
     adapter_class: int  # bytes of the adapter rounded up to a power of two; 0 without one
-    adapter_guarantee: str  # empty without an adapter
+    adapter_guarantee: str  # as people read it; empty without an adapter
 
     @classmethod
     def of(cls, release: Release) -> Terms:
@@ -133,8 +136,14 @@ class Terms:
         specification, adapter = release.specification, release.adapter
         return cls(
             specification.noise_variance, specification.guarantee, release.base_model, release.card.licence,
-            1 << (adapter.size_bytes - 1).bit_length() if adapter else 0, adapter.guarantee if adapter else "",
+            1 << (adapter.size_bytes - 1).bit_length() if adapter else 0, str(adapter.guarantee) if adapter else "",
         )  # fmt: skip
+
+    @property
+    def adapter_epsilon(self) -> float:
+        """Epsilon of the adapter's guarantee; infinity without a guarantee, and without an adapter."""
+        found = ADAPTER_EPSILON.match(self.adapter_guarantee)
+        return float(found[1]) if found else math.inf
 
     @cached_property
     def body(self) -> bytes:
@@ -159,6 +168,8 @@ def parse_terms(body: bytes) -> Terms:
         raise FormatError(f"terms: expected at most {MAX_TERMS_BYTES} bytes, a base model of 32 and a plausible noise variance")
     if adapter_class < 0 or adapter_class & (adapter_class - 1) or bool(adapter_class) != bool(adapter_guarantee):
         raise FormatError("terms: expected a power of two and a guarantee for an adapter, 0 and nothing without one")
+    if adapter_guarantee and not GUARANTEE_TEXT.fullmatch(adapter_guarantee):
+        raise FormatError("terms.adapter_guarantee: expected 'none' or an epsilon with its delta and unit")
     try:
         numbers = parse_decimal(epsilon, "terms.epsilon"), parse_decimal(delta, "terms.delta")
         guarantee = Guarantee(*numbers, NeighbouringRelation(relation), PrivacyUnit.parse(unit))
@@ -294,6 +305,7 @@ class Catalogue:
     terms: tuple[Terms, ...]
     head: Head
     cards: Mapping[int, CardEntry] = field(default_factory=dict)  # by position
+    gone: frozenset[bytes] = frozenset()  # ids of releases that were withdrawn or revoked: they keep their place and are never chosen
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -321,6 +333,13 @@ class Catalogue:
     def names(self) -> tuple[str, ...]:
         """Names in catalogue order; raises NotFound unless all cards were fetched."""
         return tuple(self.card(position).name for position in range(len(self)))
+
+    @property
+    def standing(self) -> NDArray[np.bool_]:
+        """Whether each release stands, (N,); one without a card here does not."""
+        if not self.gone:
+            return np.ones(len(self), bool)
+        return np.array([at in self.cards and self.cards[at].release_id not in self.gone for at in range(len(self))], bool)
 
     def only(self, positions: Sequence[int]) -> Catalogue:
         """Return the catalogue of these positions alone, under the same head."""

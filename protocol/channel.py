@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,24 @@ RETRY_KEY = "retry-after"  # seconds, with a refusal by a limit
 OPTIONS = [
     ("grpc.max_receive_message_length", 4 << 20),
     ("grpc.max_send_message_length", 4 << 20),
-    # Without this gRPC honours http_proxy even for loopback.
-    ("grpc.enable_http_proxy", 0),
+    # A connection that carries nothing any more, of which no end was told, would swallow every call until its deadline, and the next as
+    # well (measured: without these, calls went on failing for as long as the test looked).  With a call open, a ping every 10 s; one
+    # without an answer for 10 s ends the connection.  The market takes them (market_node/server.py).
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # gRPC's own pauses between two attempts to connect grow to two minutes, and an attempt may take 20 s.
+    ("grpc.max_reconnect_backoff_ms", 3000),
+    ("grpc.min_reconnect_backoff_ms", 5000),
 ]
 
 
-def connect(address: str, ca: Path) -> grpc.Channel:
-    """Return a TLS channel to HOST:PORT that trusts exactly the certificate authority in the file `ca`."""
+def connect(address: str, ca: Path, own: bytes | None = None) -> grpc.Channel:
+    """Return a TLS channel to HOST:PORT that trusts exactly the certificate authority in the file `ca`.
+
+    own: key and certificate of this side, PEM, for a port that asks for one.
+    """
     import grpc
 
     host, _, port = address.rpartition(":")
@@ -34,7 +46,16 @@ def connect(address: str, ca: Path) -> grpc.Channel:
         authority = ca.read_bytes()
     except OSError as error:
         raise UsageError(f"{ca}: {error.strerror}", hint="`veilmart market up` prints the path of its certificate") from None
-    return grpc.secure_channel(address, grpc.ssl_channel_credentials(root_certificates=authority), options=OPTIONS)
+    # A site may reach the world through a proxy only (HTTPS_PROXY); without this gRPC would send calls of loopback there as well.
+    options = [*OPTIONS, ("grpc.enable_http_proxy", 0 if _is_loopback(host) else 1)]
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(authority, own, own), options=options)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def error_from_status(error: Any) -> VeilmartError:
@@ -53,8 +74,20 @@ def error_from_status(error: Any) -> VeilmartError:
     named, later = trailing.get(CODE_KEY, ""), str(trailing.get(RETRY_KEY, ""))
     for candidate in _error_classes(VeilmartError):
         if candidate.code == named and candidate is not errors.BudgetSpent:  # a budget belongs to a node and never crosses the wire
-            return candidate(details, hint=f"try again in {int(later[:4])} s") if later[:4].isdecimal() else candidate(details)
+            if not later[:6].isdecimal():
+                return candidate(details)
+            wait_s = int(later[:6])
+            hint = f"try again in {_spoken(wait_s)}"
+            return candidate(details, hint, wait_s) if candidate is errors.QuotaExceeded else candidate(details, hint)
     return VeilmartError(f"market: {status.name.lower()}: {details[:200]}")
+
+
+def _spoken(seconds: int) -> str:
+    """Return a duration as a person says it, rounded up."""
+    for unit, name in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{-(-seconds // unit)} {name}"
+    return f"{seconds} s"
 
 
 def _error_classes(root: type[VeilmartError]) -> list[type[VeilmartError]]:

@@ -8,6 +8,7 @@ Signatures and hashes cover these bytes and never a re-serialisation.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from protocol.errors import FormatError, UnsupportedVersion
 
 MAX_METADATA_BYTES = 64 << 10
+LARGEST_INTEGER = (1 << 53) - 1  # RFC 8785 writes numbers as doubles
 
 
 def domain_tag(kind: str, version: int) -> bytes:
@@ -24,27 +26,34 @@ def domain_tag(kind: str, version: int) -> bytes:
 
 def canonical_json(metadata: Mapping[str, Any]) -> bytes:
     """Return the RFC 8785 form of strings, integers, and objects and lists of them; raise FormatError for anything else."""
-    import rfc8785
-
-    _check_plain(metadata, "metadata")
     try:
-        return rfc8785.dumps(dict(metadata))
-    except (rfc8785.CanonicalizationError, UnicodeError) as error:  # a lone surrogate is no text
+        return _canonical(metadata, "metadata").encode()
+    except (UnicodeError, RecursionError) as error:  # a lone surrogate is no text
         raise FormatError(f"metadata: not expressible in RFC 8785 ({type(error).__name__})") from None
 
 
-def _check_plain(value: object, where: str) -> None:
+def _canonical(value: object, where: str) -> str:
     match value:
         case bool() | None | float():
             raise FormatError(f"{where}: expected strings and integers only, got {type(value).__name__}")
-        case str() | int():
-            return
+        case str():
+            # Python escapes what RFC 8785 3.2.2.2 escapes, in the same spelling (test_canonical_json_is_that_of_another_implementation).
+            return json.dumps(value, ensure_ascii=False)
+        case int():
+            if abs(value) > LARGEST_INTEGER:
+                raise FormatError(f"{where}: expected an integer of at most 2^53 - 1, which every implementation holds exactly")
+            return int.__repr__(value)
         case Mapping():
-            for key, item in value.items():
-                _check_plain(item, f"{where}.{key}")
+            if not all(isinstance(key, str) for key in value):
+                raise FormatError(f"{where}: expected names that are strings")
+            names = sorted(value, key=lambda name: name.encode("utf-16-be"))  # RFC 8785 3.2.3: by UTF-16 code units
+            return (
+                "{"
+                + ",".join(f"{json.dumps(name, ensure_ascii=False)}:{_canonical(value[name], f'{where}.{name}')}" for name in names)
+                + "}"
+            )
         case list() | tuple():
-            for position, item in enumerate(value):
-                _check_plain(item, f"{where}[{position}]")
+            return "[" + ",".join(_canonical(item, f"{where}[{position}]") for position, item in enumerate(value)) + "]"
         case _:
             raise FormatError(f"{where}: expected strings and integers only, got {type(value).__name__}")
 
@@ -108,6 +117,19 @@ def parse_decimal(text: str, what: str) -> float:
         raise FormatError(f"{what}: expected a decimal number, got {len(text)} characters that are none") from None
     if format_decimal(value) != text:
         raise FormatError(f"{what}: expected the shortest spelling {format_decimal(value)!r}")
+    return value
+
+
+def parse_limit(text: str, what: str) -> float | None:
+    """Return a canonical decimal above 0, or None for an empty text: no limit.
+
+    Raises FormatError for anything else: nothing is larger than nan, so as a limit it would be none.
+    """
+    if not text:
+        return None
+    value = parse_decimal(text, what)
+    if not (math.isfinite(value) and value > 0):
+        raise FormatError(f"{what}: expected a finite number above 0, got {text}")
     return value
 
 

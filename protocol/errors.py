@@ -11,6 +11,7 @@
     ├── NotAdmitted                     exit 7    a specification that no honest owner under the market's policy would release
     ├── IncompatibleSpecification       exit 2    another map, dimension or parameter set
     ├── InvalidSignature                exit 7
+    ├── InvalidProof                    exit 7    the log does not hold what it should, or was rewritten
     ├── InvalidAdapter                  exit 7    wrong digest, wrong shapes, weights that are not finite
     ├── BudgetSpent                     exit 5    the ledger refused; nothing was drawn, nothing was spent
     ├── LedgerBehind                    exit 5    the ledger does not know releases that were made: repair it before anything is drawn
@@ -21,6 +22,8 @@
     ├── QuotaExceeded                   exit 6    a limit of the market; try later
     ├── Unauthorised                    exit 7
     ├── MarketUnreachable               exit 6
+    ├── TrainingFailed                  exit 1    a loss that is no number: nothing was released
+    ├── GuardUnreachable                exit 6    nobody answers at the guard's socket, or it turned us away
     └── CampaignFailed                  exit 1
 
 A message says what was expected, what came and what to do.  It never holds private content: no record text, vector, key or score.
@@ -44,6 +47,12 @@ class UsageError(VeilmartError):
     """A command, option or configuration cannot be used as given."""
 
     code, exit_code = "usage", 2
+
+
+class TrainingFailed(VeilmartError):
+    """Training could not come to an adapter: weights that are no numbers, or no memory."""
+
+    code = "training"
 
 
 class RecordError(UsageError):
@@ -100,6 +109,12 @@ class InvalidSignature(VeilmartError):
     code, exit_code = "signature", 7
 
 
+class InvalidProof(VeilmartError):
+    """A proof of the log does not verify: an entry is not in it, or what was there before is not any more."""
+
+    code, exit_code = "log.proof", 7
+
+
 class InvalidAdapter(VeilmartError):
     """An adapter's bytes do not have the digest, the shapes or the finite weights that its release promises."""
 
@@ -150,9 +165,13 @@ class StaleCatalogue(VeilmartError):
 
 
 class QuotaExceeded(VeilmartError):
-    """A limit of the market was reached; wait and try again."""
+    """A limit of the market was reached; trying again after so many seconds is worth it."""
 
     code, exit_code = "quota", 6
+
+    def __init__(self, message: str, hint: str = "", retry_after_s: int = 1) -> None:
+        super().__init__(message, hint)
+        self.retry_after_s = retry_after_s
 
 
 class Unauthorised(VeilmartError):
@@ -165,6 +184,12 @@ class MarketUnreachable(VeilmartError):
     """The market did not answer in time or not at all."""
 
     code, exit_code = "market.unreachable", 6
+
+
+class GuardUnreachable(VeilmartError):
+    """No guard answers at a socket, or it does not let us in."""
+
+    code, exit_code = "guard.unreachable", 6
 
 
 class CampaignFailed(VeilmartError):

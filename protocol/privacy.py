@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 
+from protocol.codec import format_decimal, parse_decimal
 from protocol.errors import FormatError, UsageError
 
 SMOOTHING_SQUARED = 4  # tau = 2: by Poisson summation the rounding error is below 1.1e-34 a coordinate
 MAX_EPSILON = 20.0
+FEATURE_SCALE = 4096
+COUNT_STEP = 1024
+# A record adds (c, 1024) with ||c|| <= 4096: the squared sensitivity of the sum under add-or-remove-one, exactly.
+NORM_SQUARED = FEATURE_SCALE**2 + COUNT_STEP**2
 
 
 class NeighbouringRelation(StrEnum):
@@ -245,6 +250,24 @@ def renyi_epsilon(events: Sequence[Event], delta: float, orders: Sequence[float]
     ))  # fmt: skip
 
 
+@lru_cache(maxsize=256)
+def sampled_multiplier(guarantee: Guarantee, rate: float, steps: int) -> float:
+    """Return the smallest multiplier, to four digits, with which DP-SGD keeps a guarantee by Renyi composition; rounded up."""
+
+    def fits(multiplier: float) -> bool:
+        return renyi_epsilon([PoissonSampledGaussian(multiplier, rate, steps)], guarantee.delta) <= guarantee.epsilon
+
+    low, high = 0.1, 1.0
+    while not fits(high):
+        low, high = high, 2 * high
+        if high > 1e6:
+            raise UsageError(f"epsilon: {guarantee.epsilon:g} at delta {guarantee.delta:g} is out of reach of DP-SGD")
+    while high - low > 1e-4 * low:
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return math.ceil(high * 1e4) / 1e4
+
+
 def filter_epsilon(events: Sequence[Event], delta: float) -> float:
     """Return the smallest budget whose Renyi filter admits these events, whatever each of them was chosen in view of.
 
@@ -260,3 +283,64 @@ def ledger_epsilon(events: Sequence[Event], delta: float) -> float:
     if all(isinstance(event, Gaussian) for event in events):
         return composed_epsilon([event.multiplier for event in events], delta)
     return filter_epsilon(events, delta)
+
+
+LARGEST_PLAN = 1_000_000  # steps of one training
+NOT_PRIVATE = "none"  # how the absence of a guarantee is written
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateTraining:
+    """An adapter's guarantee with the mechanism that keeps it, so that anyone can check one against the other; else UsageError."""
+
+    guarantee: Guarantee
+    event: PoissonSampledGaussian
+
+    def __post_init__(self) -> None:
+        event = self.event
+        if not (0.1 <= event.multiplier <= 1e6 and event.sampling_rate >= 1e-6 and event.steps <= LARGEST_PLAN):
+            raise UsageError("adapter: expected a multiplier from 0.1, a sampling rate from 1e-6 and at most a million steps")
+        found = renyi_epsilon([event], self.guarantee.delta)
+        if not found <= self.guarantee.epsilon * (1 + 1e-9):
+            raise UsageError(f"adapter: its mechanism keeps epsilon {found:.3f}, expected at most the {self.guarantee.epsilon:g} it states")
+
+    def __str__(self) -> str:
+        return (
+            f"epsilon {format_decimal(self.guarantee.epsilon)} at delta {format_decimal(self.guarantee.delta)}, unit {self.guarantee.unit}"
+        )
+
+
+AdapterGuarantee = PrivateTraining | str  # the text is NOT_PRIVATE, and no other
+GUARANTEE_TEXT = re.compile(r"none|epsilon [0-9.e-]{1,24} at delta [0-9.e-]{1,24}, unit (record|field:[A-Za-z_][A-Za-z0-9_.-]{0,62})")
+
+
+def training_to_plain(guarantee: AdapterGuarantee) -> str | dict[str, object]:
+    """Return an adapter's guarantee as strings and integers, for canonical JSON."""
+    if isinstance(guarantee, str):
+        return guarantee
+    stated = guarantee.guarantee
+    return {
+        "delta": format_decimal(stated.delta), "epsilon": format_decimal(stated.epsilon), "event": event_to_plain(guarantee.event),
+        "relation": str(stated.relation), "unit": str(stated.unit),
+    }  # fmt: skip
+
+
+def training_from_plain(plain: object) -> AdapterGuarantee:
+    """Return the guarantee that `training_to_plain` wrote; raise FormatError for one that its mechanism does not keep."""
+    match plain:
+        case "none":
+            return NOT_PRIVATE
+        case {"delta": str(delta), "epsilon": str(epsilon), "event": dict(event), "relation": str(relation), "unit": str(unit)}:
+            mechanism = event_from_plain(event)
+            if isinstance(mechanism, PoissonSampledGaussian):
+                try:
+                    numbers = parse_decimal(epsilon, "adapter.epsilon"), parse_decimal(delta, "adapter.delta")
+                    return PrivateTraining(Guarantee(*numbers, NeighbouringRelation(relation), PrivacyUnit.parse(unit)), mechanism)
+                except (UsageError, ValueError) as error:
+                    raise FormatError(str(error) if isinstance(error, UsageError) else "adapter: unknown relation") from None
+    raise FormatError("adapter.guarantee: expected 'none', or a guarantee with the mechanism that keeps it")
+
+
+def total_epsilon(specification: Event, adapter: PrivateTraining | None, delta: float) -> float:
+    """Return what a specification and an adapter made from the same records say together, as a ledger composes them."""
+    return ledger_epsilon([specification] if adapter is None else [specification, adapter.event], delta)

@@ -1,68 +1,29 @@
-"""The release: signed, content-addressed bytes of one learnware (docs/protocol.md 4).
+"""The release: signed, content-addressed bytes of one learnware (docs/protocol.md 4), as a value to compute with.
 
-envelope = release bytes || Ed25519 signature over them          release id = SHA-256 of the release bytes
+Its bytes are read and written in protocol/claims.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from protocol.codec import decode, domain_tag, encode, format_decimal, parse_decimal, take
-from protocol.errors import FormatError, InvalidSignature, UsageError
-from protocol.privacy import Guarantee, NeighbouringRelation, PrivacyUnit
+from protocol.claims import MAGIC as MAGIC
+from protocol.claims import MAX_ADAPTER_BYTES as MAX_ADAPTER_BYTES
+from protocol.claims import MAX_ENVELOPE_BYTES as MAX_ENVELOPE_BYTES
+from protocol.claims import NAME as NAME
+from protocol.claims import SIGNATURE_BYTES as SIGNATURE_BYTES
+from protocol.claims import AdapterReference as AdapterReference
+from protocol.claims import Card as Card
+from protocol.claims import Claims, open_claims, parse_claims
 from protocol.specification import Specification
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-MAGIC = domain_tag("release", 2)
-SIGNATURE_BYTES = 64
-NO_ID, IDS = bytes(32), 5  # the payload begins with owner, previous release, base model, map and adapter, 32 bytes each
-MAX_ENVELOPE_BYTES = 16 << 10
-MAX_ADAPTER_BYTES = 64 << 20
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterReference:
-    """Which adapter a release speaks of, and what its privacy guarantee is."""
-
-    digest: bytes  # SHA-256 of the adapter's bytes
-    size_bytes: int
-    guarantee: str = "none"  # "none": trained without differential privacy
-
-    def __post_init__(self) -> None:
-        if len(self.digest) != 32 or not 0 < self.size_bytes <= MAX_ADAPTER_BYTES:
-            raise FormatError(f"adapter: expected a SHA-256 digest and 1 to {MAX_ADAPTER_BYTES} bytes")
-        if self.guarantee != "none":
-            raise FormatError("adapter.guarantee: this version knows 'none' only")
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """What people read before they choose."""
-
-    name: str  # unique within its owner, e.g. "notes"
-    summary: str = ""
-    licence: str = ""
-
-    def __post_init__(self) -> None:
-        if not NAME.fullmatch(self.name):
-            raise UsageError(
-                f"name: expected 1 to 63 of a-z, 0-9, '.', '_', '-' beginning with a letter or digit, got {len(self.name)} characters"
-            )
-        if max(len(self.summary), len(self.licence)) > 500:
-            raise UsageError("card: expected at most 500 characters a field")
-        try:
-            (self.summary + self.licence).encode()
-        except UnicodeEncodeError:  # a lone surrogate, as Python reads bytes of a command line that are no UTF-8
-            raise UsageError("card: expected text in UTF-8, got other bytes", hint="set the terminal to UTF-8") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,21 +42,12 @@ class Release:
     @cached_property
     def body(self) -> bytes:
         """The release bytes: what is signed, hashed and logged."""
-        specification, adapter = self.specification, self.adapter
-        guarantee = specification.guarantee
-        metadata: dict[str, Any] = {
-            "adapter": {"guarantee": adapter.guarantee, "size_bytes": adapter.size_bytes} if adapter else {},
-            "card": {"licence": self.card.licence, "name": self.card.name, "summary": self.card.summary},
-            "delta": format_decimal(guarantee.delta),
-            "epsilon": format_decimal(guarantee.epsilon),
-            "noise_variance": specification.noise_variance,
-            "relation": str(guarantee.relation),
-            "release_number": self.release_number,
-            "simulated": int(self.simulated),
-            "unit": str(guarantee.unit),
-        }
-        ids = (self.owner, self.previous or NO_ID, self.base_model, specification.map_id, adapter.digest if adapter else NO_ID)
-        return encode(MAGIC, metadata, b"".join(ids) + specification.noisy_sums.astype("<i4").tobytes())
+        specification = self.specification
+        return Claims(
+            self.owner, self.release_number, self.previous, self.base_model, specification.map_id,
+            tuple(specification.noisy_sums.tolist()), specification.noise_variance, specification.guarantee,
+            self.adapter, self.card, self.simulated,
+        ).body  # fmt: skip
 
     @cached_property
     def release_id(self) -> bytes:
@@ -115,56 +67,19 @@ def sign_release(release: Release, owner_key: Ed25519PrivateKey) -> bytes:
 
 def open_envelope(envelope: bytes) -> Release:
     """Return the release in an envelope; raise FormatError or InvalidSignature.  No IO."""
-    from cryptography.exceptions import InvalidSignature as BadSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
-    if not SIGNATURE_BYTES < len(envelope) <= MAX_ENVELOPE_BYTES:
-        raise FormatError(f"envelope: expected {SIGNATURE_BYTES + 1} to {MAX_ENVELOPE_BYTES} bytes, got {len(envelope)}")
-    body, signature = envelope[:-SIGNATURE_BYTES], envelope[-SIGNATURE_BYTES:]
-    release = parse_release(body)
-    try:
-        Ed25519PublicKey.from_public_bytes(release.owner).verify(signature, body)
-    except (BadSignature, ValueError):
-        raise InvalidSignature("release: the owner's signature does not verify") from None
-    return release
+    return _release_of(open_claims(envelope))
 
 
 def parse_release(body: bytes) -> Release:
     """Return the release of its canonical bytes; raise FormatError for any other encoding."""
-    metadata, payload = decode(MAGIC, body)
-    fields = {
-        "adapter": dict, "card": dict, "delta": str, "epsilon": str, "noise_variance": int, "relation": str, "release_number": int,
-        "simulated": int, "unit": str,
-    }  # fmt: skip
-    adapter, card, delta, epsilon, variance, relation, number, simulated, unit = take(metadata, fields, "release")
-    ids, payload = payload[: IDS * len(NO_ID)], payload[IDS * len(NO_ID) :]
-    if len(payload) % 4 or not 8 <= len(payload) <= 4 * 4097:
-        raise FormatError(f"release: expected {IDS} ids and 2 to 4097 int32 sums, got {len(ids) + len(payload)} bytes")
-    owner, previous, base_model, map_id, digest = (ids[start : start + len(NO_ID)] for start in range(0, len(ids), len(NO_ID)))
-    if not 1 <= number < 1 << 53 or simulated not in (0, 1):
-        raise FormatError("release: release_number or simulated out of range")
-    if (number == 1) != (previous == NO_ID):
-        raise FormatError("release.previous: expected the previous release's id, empty for release 1 only")
-    try:
-        guarantee = Guarantee(
-            parse_decimal(epsilon, "release.epsilon"),
-            parse_decimal(delta, "release.delta"),
-            NeighbouringRelation(relation),
-            PrivacyUnit.parse(unit),
-        )
-        card_value = Card(*take(card, {"name": str, "summary": str, "licence": str}, "release.card"))
-    except (UsageError, ValueError) as error:
-        text = str(error) if isinstance(error, UsageError) else "unknown neighbouring relation or privacy unit"
-        raise FormatError(f"release: {text}") from None
-    reference = None
-    if adapter:
-        size_bytes, promise = take(adapter, {"size_bytes": int, "guarantee": str}, "release.adapter")
-        reference = AdapterReference(digest, size_bytes, promise)
-    sums = np.frombuffer(payload, "<i4").astype(np.int32)
+    return _release_of(parse_claims(body))
+
+
+def _release_of(claims: Claims) -> Release:
+    sums = np.array(claims.noisy_sums, np.int32)
     release = Release(
-        owner, number, b"" if previous == NO_ID else previous, base_model,
-        Specification(map_id, sums, variance, guarantee), reference, card_value, bool(simulated),
+        claims.owner, claims.release_number, claims.previous, claims.base_model,
+        Specification(claims.map_id, sums, claims.noise_variance, claims.guarantee), claims.adapter, claims.card, claims.simulated,
     )  # fmt: skip
-    if release.body != body:  # whatever slipped through above: only the canonical bytes are a release
-        raise FormatError("release: not in canonical form")
+    release.__dict__["body"] = claims.body  # the canonical bytes are at hand: a market opens thousands of releases
     return release

@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 
 from protocol.errors import FeatureNormError, FormatError
 from protocol.hazmat.noise import NoiseSource, discrete_gaussian
+from protocol.privacy import COUNT_STEP as COUNT_STEP
+from protocol.privacy import FEATURE_SCALE as FEATURE_SCALE
+from protocol.privacy import NORM_SQUARED as NORM_SQUARED
 from protocol.privacy import Guarantee, NeighbouringRelation, noise_variance
 
-FEATURE_SCALE = 4096
-COUNT_STEP = 1024
-# A record adds (c, 1024) with ||c|| <= 4096: the squared sensitivity of the sum under add-or-remove-one, exactly.
-NORM_SQUARED = FEATURE_SCALE**2 + COUNT_STEP**2
 MAX_UNITS = 400_000  # keeps every noisy sum inside int32
 
 

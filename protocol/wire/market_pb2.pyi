@@ -42,9 +42,15 @@ Global___CatalogueForm: typing_extensions.TypeAlias = CatalogueForm
 class DescribeRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    OWNER_FIELD_NUMBER: builtins.int
+    owner: builtins.bytes
+    """may be empty: who asks whether it may publish"""
     def __init__(
         self,
+        *,
+        owner: builtins.bytes = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["owner", b"owner"]) -> None: ...
 
 Global___DescribeRequest: typing_extensions.TypeAlias = DescribeRequest
 
@@ -57,10 +63,20 @@ class MarketDescription(google.protobuf.message.Message):
     SIMULATION_FIELD_NUMBER: builtins.int
     HEAD_FIELD_NUMBER: builtins.int
     ADMISSION_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
+    WITNESSED_FIELD_NUMBER: builtins.int
+    MAY_PUBLISH_FIELD_NUMBER: builtins.int
+    MEMBERS_PORT_FIELD_NUMBER: builtins.int
     market_key: builtins.bytes
     """Ed25519 public key, 32 bytes; signs catalogue heads"""
     simulation: builtins.bool
     """a simulation accepts simulated releases; a real market refuses them"""
+    checkpoint: builtins.bytes
+    """signed note over the log at the size of the head"""
+    may_publish: builtins.bool
+    """whether the owner of the request is a member, or anybody may"""
+    members_port: builtins.int
+    """on the same host: where calls of members are taken; 0: here"""
     @property
     def map_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """SHA-256 of the feature maps this market accepts"""
@@ -71,6 +87,10 @@ class MarketDescription(google.protobuf.message.Message):
     def admission(self) -> Global___Admission:
         """which specifications this market takes; an owner reads it before anything is charged"""
 
+    @property
+    def witnessed(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """the newest checkpoint that each witness signed, with its line"""
+
     def __init__(
         self,
         *,
@@ -79,9 +99,13 @@ class MarketDescription(google.protobuf.message.Message):
         simulation: builtins.bool = ...,
         head: Global___SignedHead | None = ...,
         admission: Global___Admission | None = ...,
+        checkpoint: builtins.bytes = ...,
+        witnessed: collections.abc.Iterable[builtins.bytes] | None = ...,
+        may_publish: builtins.bool = ...,
+        members_port: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["admission", b"admission", "head", b"head"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["admission", b"admission", "head", b"head", "map_ids", b"map_ids", "market_key", b"market_key", "simulation", b"simulation"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["admission", b"admission", "checkpoint", b"checkpoint", "head", b"head", "map_ids", b"map_ids", "market_key", b"market_key", "may_publish", b"may_publish", "members_port", b"members_port", "simulation", b"simulation", "witnessed", b"witnessed"]) -> None: ...
 
 Global___MarketDescription: typing_extensions.TypeAlias = MarketDescription
 
@@ -94,18 +118,22 @@ class Admission(google.protobuf.message.Message):
     LARGEST_EPSILON_FIELD_NUMBER: builtins.int
     DELTA_FIELD_NUMBER: builtins.int
     SMALLEST_COUNT_FIELD_NUMBER: builtins.int
+    LARGEST_ADAPTER_EPSILON_FIELD_NUMBER: builtins.int
     largest_epsilon: builtins.str
     delta: builtins.str
     smallest_count: builtins.int
     """noisy number of privacy units"""
+    largest_adapter_epsilon: builtins.str
+    """of an adapter's guarantee; empty: adapters need none"""
     def __init__(
         self,
         *,
         largest_epsilon: builtins.str = ...,
         delta: builtins.str = ...,
         smallest_count: builtins.int = ...,
+        largest_adapter_epsilon: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["delta", b"delta", "largest_epsilon", b"largest_epsilon", "smallest_count", b"smallest_count"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["delta", b"delta", "largest_adapter_epsilon", b"largest_adapter_epsilon", "largest_epsilon", b"largest_epsilon", "smallest_count", b"smallest_count"]) -> None: ...
 
 Global___Admission: typing_extensions.TypeAlias = Admission
 
@@ -169,13 +197,21 @@ class Receipt(google.protobuf.message.Message):
     RELEASE_ID_FIELD_NUMBER: builtins.int
     INDEX_FIELD_NUMBER: builtins.int
     HEAD_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
+    INCLUSION_FIELD_NUMBER: builtins.int
     release_id: builtins.bytes
     """SHA-256 of the release bytes"""
     index: builtins.int
     """position in the catalogue"""
+    checkpoint: builtins.bytes
+    """signed note over the log at the size of the head"""
     @property
     def head(self) -> Global___SignedHead:
         """a head that includes it"""
+
+    @property
+    def inclusion(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """proof that the envelope is under it, 32 bytes each"""
 
     def __init__(
         self,
@@ -183,9 +219,11 @@ class Receipt(google.protobuf.message.Message):
         release_id: builtins.bytes = ...,
         index: builtins.int = ...,
         head: Global___SignedHead | None = ...,
+        checkpoint: builtins.bytes = ...,
+        inclusion: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["head", b"head"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["head", b"head", "index", b"index", "release_id", b"release_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "head", b"head", "inclusion", b"inclusion", "index", b"index", "release_id", b"release_id"]) -> None: ...
 
 Global___Receipt: typing_extensions.TypeAlias = Receipt
 
@@ -219,8 +257,11 @@ class CatalogueChunk(google.protobuf.message.Message):
     HEAD_FIELD_NUMBER: builtins.int
     ROWS_FIELD_NUMBER: builtins.int
     TERMS_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
     rows: builtins.bytes
     """16 bytes a release, in the order of the catalogue"""
+    checkpoint: builtins.bytes
+    """with the head: signed note over the log at its size"""
     @property
     def entries(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """envelopes, in the order of the catalogue"""
@@ -240,9 +281,10 @@ class CatalogueChunk(google.protobuf.message.Message):
         head: Global___SignedHead | None = ...,
         rows: builtins.bytes = ...,
         terms: collections.abc.Iterable[builtins.bytes] | None = ...,
+        checkpoint: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["head", b"head"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["entries", b"entries", "head", b"head", "rows", b"rows", "terms", b"terms"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "entries", b"entries", "head", b"head", "rows", b"rows", "terms", b"terms"]) -> None: ...
 
 Global___CatalogueChunk: typing_extensions.TypeAlias = CatalogueChunk
 
@@ -291,6 +333,135 @@ class CardsChunk(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["data", b"data", "digests", b"digests"]) -> None: ...
 
 Global___CardsChunk: typing_extensions.TypeAlias = CardsChunk
+
+@typing.final
+class ConsistencyRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: builtins.int
+    SECOND_FIELD_NUMBER: builtins.int
+    first: builtins.int
+    """sizes, 1 <= first <= second"""
+    second: builtins.int
+    def __init__(
+        self,
+        *,
+        first: builtins.int = ...,
+        second: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["first", b"first", "second", b"second"]) -> None: ...
+
+Global___ConsistencyRequest: typing_extensions.TypeAlias = ConsistencyRequest
+
+@typing.final
+class InclusionRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    SIZE_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    size: builtins.int
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+        size: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["index", b"index", "size", b"size"]) -> None: ...
+
+Global___InclusionRequest: typing_extensions.TypeAlias = InclusionRequest
+
+@typing.final
+class EnrolRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SECRET_FIELD_NUMBER: builtins.int
+    OWNER_FIELD_NUMBER: builtins.int
+    SUPERNODE_KEY_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
+    secret: builtins.bytes
+    """of the invite"""
+    owner: builtins.bytes
+    """Ed25519 public key"""
+    supernode_key: builtins.str
+    """one line of OpenSSH, ECDSA on P-384"""
+    signature: builtins.bytes
+    """of the owner (docs/protocol.md 6.12)"""
+    def __init__(
+        self,
+        *,
+        secret: builtins.bytes = ...,
+        owner: builtins.bytes = ...,
+        supernode_key: builtins.str = ...,
+        signature: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["owner", b"owner", "secret", b"secret", "signature", b"signature", "supernode_key", b"supernode_key"]) -> None: ...
+
+Global___EnrolRequest: typing_extensions.TypeAlias = EnrolRequest
+
+@typing.final
+class Enrolled(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ORGANISATION_FIELD_NUMBER: builtins.int
+    NODE_NAME_FIELD_NUMBER: builtins.int
+    SUPERLINK_FIELD_NUMBER: builtins.int
+    organisation: builtins.str
+    node_name: builtins.str
+    """how the SuperNode is registered"""
+    superlink: builtins.str
+    """where SuperNodes connect, empty if there is none"""
+    def __init__(
+        self,
+        *,
+        organisation: builtins.str = ...,
+        node_name: builtins.str = ...,
+        superlink: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["node_name", b"node_name", "organisation", b"organisation", "superlink", b"superlink"]) -> None: ...
+
+Global___Enrolled: typing_extensions.TypeAlias = Enrolled
+
+@typing.final
+class CosignRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NOTE_FIELD_NUMBER: builtins.int
+    note: builtins.bytes
+    def __init__(
+        self,
+        *,
+        note: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["note", b"note"]) -> None: ...
+
+Global___CosignRequest: typing_extensions.TypeAlias = CosignRequest
+
+@typing.final
+class Cosigned(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___Cosigned: typing_extensions.TypeAlias = Cosigned
+
+@typing.final
+class LogProof(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HASHES_FIELD_NUMBER: builtins.int
+    @property
+    def hashes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        hashes: collections.abc.Iterable[builtins.bytes] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["hashes", b"hashes"]) -> None: ...
+
+Global___LogProof: typing_extensions.TypeAlias = LogProof
 
 @typing.final
 class ReleaseRequest(google.protobuf.message.Message):
@@ -435,3 +606,351 @@ class ScoresChunk(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["data", b"data", "index_digest", b"index_digest", "server_cpu_ns", b"server_cpu_ns", "signature", b"signature"]) -> None: ...
 
 Global___ScoresChunk: typing_extensions.TypeAlias = ScoresChunk
+
+@typing.final
+class FromGuard(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INTRODUCTION_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    SEALED_FIELD_NUMBER: builtins.int
+    introduction: builtins.bytes
+    """first message: signed, docs/protocol.md 6.14"""
+    signature: builtins.bytes
+    """first message: of the owner, over the market's challenge"""
+    number: builtins.int
+    """of a question; 0: a sign of life"""
+    sealed: builtins.bytes
+    """its answer; empty: there is none, and no word of why"""
+    def __init__(
+        self,
+        *,
+        introduction: builtins.bytes = ...,
+        signature: builtins.bytes = ...,
+        number: builtins.int = ...,
+        sealed: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["introduction", b"introduction", "number", b"number", "sealed", b"sealed", "signature", b"signature"]) -> None: ...
+
+Global___FromGuard: typing_extensions.TypeAlias = FromGuard
+
+@typing.final
+class ToGuard(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHALLENGE_FIELD_NUMBER: builtins.int
+    CONNECTED_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    SEALED_FIELD_NUMBER: builtins.int
+    PATIENCE_MS_FIELD_NUMBER: builtins.int
+    challenge: builtins.bytes
+    """first message, 32 bytes"""
+    connected: builtins.bool
+    """second message: questions come from now on"""
+    number: builtins.int
+    """of a question, from 1; 0: a sign of life"""
+    sealed: builtins.bytes
+    patience_ms: builtins.int
+    """how long its asker waits"""
+    def __init__(
+        self,
+        *,
+        challenge: builtins.bytes = ...,
+        connected: builtins.bool = ...,
+        number: builtins.int = ...,
+        sealed: builtins.bytes = ...,
+        patience_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["challenge", b"challenge", "connected", b"connected", "number", b"number", "patience_ms", b"patience_ms", "sealed", b"sealed"]) -> None: ...
+
+Global___ToGuard: typing_extensions.TypeAlias = ToGuard
+
+@typing.final
+class IntroductionRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RELEASE_ID_FIELD_NUMBER: builtins.int
+    release_id: builtins.bytes
+    def __init__(
+        self,
+        *,
+        release_id: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["release_id", b"release_id"]) -> None: ...
+
+Global___IntroductionRequest: typing_extensions.TypeAlias = IntroductionRequest
+
+@typing.final
+class Introduction(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INTRODUCTION_FIELD_NUMBER: builtins.int
+    introduction: builtins.bytes
+    def __init__(
+        self,
+        *,
+        introduction: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["introduction", b"introduction"]) -> None: ...
+
+Global___Introduction: typing_extensions.TypeAlias = Introduction
+
+@typing.final
+class SealedQuestion(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RELEASE_ID_FIELD_NUMBER: builtins.int
+    SEALED_FIELD_NUMBER: builtins.int
+    release_id: builtins.bytes
+    sealed: builtins.bytes
+    def __init__(
+        self,
+        *,
+        release_id: builtins.bytes = ...,
+        sealed: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["release_id", b"release_id", "sealed", b"sealed"]) -> None: ...
+
+Global___SealedQuestion: typing_extensions.TypeAlias = SealedQuestion
+
+@typing.final
+class SealedAnswer(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEALED_FIELD_NUMBER: builtins.int
+    sealed: builtins.bytes
+    def __init__(
+        self,
+        *,
+        sealed: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["sealed", b"sealed"]) -> None: ...
+
+Global___SealedAnswer: typing_extensions.TypeAlias = SealedAnswer
+
+@typing.final
+class NoticeRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NOTICE_FIELD_NUMBER: builtins.int
+    notice: builtins.bytes
+    def __init__(
+        self,
+        *,
+        notice: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["notice", b"notice"]) -> None: ...
+
+Global___NoticeRequest: typing_extensions.TypeAlias = NoticeRequest
+
+@typing.final
+class NoticesHead(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: builtins.int
+    ROOT_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
+    size: builtins.int
+    root: builtins.bytes
+    """of a tree as that of the log, 32 bytes"""
+    signature: builtins.bytes
+    """Ed25519 over "veilmart/notices/v1\\0" || size || root"""
+    def __init__(
+        self,
+        *,
+        size: builtins.int = ...,
+        root: builtins.bytes = ...,
+        signature: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["root", b"root", "signature", b"signature", "size", b"size"]) -> None: ...
+
+Global___NoticesHead: typing_extensions.TypeAlias = NoticesHead
+
+@typing.final
+class NoticeReceipt(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    INCLUSION_FIELD_NUMBER: builtins.int
+    HEAD_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    @property
+    def inclusion(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]: ...
+    @property
+    def head(self) -> Global___NoticesHead: ...
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+        inclusion: collections.abc.Iterable[builtins.bytes] | None = ...,
+        head: Global___NoticesHead | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["head", b"head"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["head", b"head", "inclusion", b"inclusion", "index", b"index"]) -> None: ...
+
+Global___NoticeReceipt: typing_extensions.TypeAlias = NoticeReceipt
+
+@typing.final
+class NoticesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FROM_INDEX_FIELD_NUMBER: builtins.int
+    from_index: builtins.int
+    def __init__(
+        self,
+        *,
+        from_index: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["from_index", b"from_index"]) -> None: ...
+
+Global___NoticesRequest: typing_extensions.TypeAlias = NoticesRequest
+
+@typing.final
+class NoticesChunk(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: builtins.int
+    HEAD_FIELD_NUMBER: builtins.int
+    @property
+    def entries(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]: ...
+    @property
+    def head(self) -> Global___NoticesHead:
+        """on the last chunk only"""
+
+    def __init__(
+        self,
+        *,
+        entries: collections.abc.Iterable[builtins.bytes] | None = ...,
+        head: Global___NoticesHead | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["head", b"head"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["entries", b"entries", "head", b"head"]) -> None: ...
+
+Global___NoticesChunk: typing_extensions.TypeAlias = NoticesChunk
+
+@typing.final
+class AggregatesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___AggregatesRequest: typing_extensions.TypeAlias = AggregatesRequest
+
+@typing.final
+class AggregatesChunk(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
+    data: builtins.bytes
+    """at most 64 KiB"""
+    signature: builtins.bytes
+    """last chunk: Ed25519 over all data, which begins with a domain tag"""
+    def __init__(
+        self,
+        *,
+        data: builtins.bytes = ...,
+        signature: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "signature", b"signature"]) -> None: ...
+
+Global___AggregatesChunk: typing_extensions.TypeAlias = AggregatesChunk
+
+@typing.final
+class ConflictProof(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EVIDENCE_FIELD_NUMBER: builtins.int
+    evidence: builtins.bytes
+    def __init__(
+        self,
+        *,
+        evidence: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["evidence", b"evidence"]) -> None: ...
+
+Global___ConflictProof: typing_extensions.TypeAlias = ConflictProof
+
+@typing.final
+class CertifyRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    request: builtins.bytes
+    def __init__(
+        self,
+        *,
+        request: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["request", b"request"]) -> None: ...
+
+Global___CertifyRequest: typing_extensions.TypeAlias = CertifyRequest
+
+@typing.final
+class Certified(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CERTIFICATE_FIELD_NUMBER: builtins.int
+    AUTHORITIES_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
+    certificate: builtins.bytes
+    """PEM"""
+    authorities: builtins.bytes
+    """PEM: all that this market's certificates may come from"""
+    signature: builtins.bytes
+    """of the market's key, over request, certificate and authorities"""
+    def __init__(
+        self,
+        *,
+        certificate: builtins.bytes = ...,
+        authorities: builtins.bytes = ...,
+        signature: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["authorities", b"authorities", "certificate", b"certificate", "signature", b"signature"]) -> None: ...
+
+Global___Certified: typing_extensions.TypeAlias = Certified
+
+@typing.final
+class OrganisationsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CATALOGUE_SIZE_FIELD_NUMBER: builtins.int
+    catalogue_size: builtins.int
+    """as of the head that the querier holds"""
+    def __init__(
+        self,
+        *,
+        catalogue_size: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["catalogue_size", b"catalogue_size"]) -> None: ...
+
+Global___OrganisationsRequest: typing_extensions.TypeAlias = OrganisationsRequest
+
+@typing.final
+class OrganisationsChunk(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBERS_FIELD_NUMBER: builtins.int
+    NAMES_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
+    numbers: builtins.bytes
+    """4 bytes a release, in the order of the catalogue"""
+    signature: builtins.bytes
+    """on the last chunk only: Ed25519 over "veilmart/organisations/v1\\0" || state || SHA-256 of all"""
+    @property
+    def names(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """in the order of their numbers; empty: an owner that was not invited"""
+
+    def __init__(
+        self,
+        *,
+        numbers: builtins.bytes = ...,
+        names: collections.abc.Iterable[builtins.str] | None = ...,
+        signature: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["names", b"names", "numbers", b"numbers", "signature", b"signature"]) -> None: ...
+
+Global___OrganisationsChunk: typing_extensions.TypeAlias = OrganisationsChunk

@@ -69,10 +69,75 @@ class MarketStub(object):
                 request_serializer=protocol_dot_wire_dot_market__pb2.AdapterRequest.SerializeToString,
                 response_deserializer=protocol_dot_wire_dot_market__pb2.AdapterChunk.FromString,
                 _registered_method=True)
+        self.ProveConsistency = channel.unary_unary(
+                '/veilmart.v1.Market/ProveConsistency',
+                request_serializer=protocol_dot_wire_dot_market__pb2.ConsistencyRequest.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_market__pb2.LogProof.FromString,
+                _registered_method=True)
+        self.ProveInclusion = channel.unary_unary(
+                '/veilmart.v1.Market/ProveInclusion',
+                request_serializer=protocol_dot_wire_dot_market__pb2.InclusionRequest.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_market__pb2.LogProof.FromString,
+                _registered_method=True)
+        self.Cosign = channel.unary_unary(
+                '/veilmart.v1.Market/Cosign',
+                request_serializer=protocol_dot_wire_dot_market__pb2.CosignRequest.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_market__pb2.Cosigned.FromString,
+                _registered_method=True)
+        self.Enrol = channel.unary_unary(
+                '/veilmart.v1.Market/Enrol',
+                request_serializer=protocol_dot_wire_dot_market__pb2.EnrolRequest.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_market__pb2.Enrolled.FromString,
+                _registered_method=True)
         self.Match = channel.stream_stream(
                 '/veilmart.v1.Market/Match',
                 request_serializer=protocol_dot_wire_dot_market__pb2.MatchChunk.SerializeToString,
                 response_deserializer=protocol_dot_wire_dot_market__pb2.ScoresChunk.FromString,
+                _registered_method=True)
+        self.Relay = channel.stream_stream(
+                '/veilmart.v1.Market/Relay',
+                request_serializer=protocol_dot_wire_dot_market__pb2.FromGuard.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_market__pb2.ToGuard.FromString,
+                _registered_method=True)
+        self.GetIntroduction = channel.unary_unary(
+                '/veilmart.v1.Market/GetIntroduction',
+                request_serializer=protocol_dot_wire_dot_market__pb2.IntroductionRequest.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_market__pb2.Introduction.FromString,
+                _registered_method=True)
+        self.Ask = channel.unary_unary(
+                '/veilmart.v1.Market/Ask',
+                request_serializer=protocol_dot_wire_dot_market__pb2.SealedQuestion.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_market__pb2.SealedAnswer.FromString,
+                _registered_method=True)
+        self.SubmitNotice = channel.unary_unary(
+                '/veilmart.v1.Market/SubmitNotice',
+                request_serializer=protocol_dot_wire_dot_market__pb2.NoticeRequest.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_market__pb2.NoticeReceipt.FromString,
+                _registered_method=True)
+        self.SyncNotices = channel.unary_stream(
+                '/veilmart.v1.Market/SyncNotices',
+                request_serializer=protocol_dot_wire_dot_market__pb2.NoticesRequest.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_market__pb2.NoticesChunk.FromString,
+                _registered_method=True)
+        self.GetAggregates = channel.unary_stream(
+                '/veilmart.v1.Market/GetAggregates',
+                request_serializer=protocol_dot_wire_dot_market__pb2.AggregatesRequest.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_market__pb2.AggregatesChunk.FromString,
+                _registered_method=True)
+        self.ProveConflict = channel.unary_unary(
+                '/veilmart.v1.Market/ProveConflict',
+                request_serializer=protocol_dot_wire_dot_market__pb2.PublishRequest.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_market__pb2.ConflictProof.FromString,
+                _registered_method=True)
+        self.Certify = channel.unary_unary(
+                '/veilmart.v1.Market/Certify',
+                request_serializer=protocol_dot_wire_dot_market__pb2.CertifyRequest.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_market__pb2.Certified.FromString,
+                _registered_method=True)
+        self.GetOrganisations = channel.unary_stream(
+                '/veilmart.v1.Market/GetOrganisations',
+                request_serializer=protocol_dot_wire_dot_market__pb2.OrganisationsRequest.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_market__pb2.OrganisationsChunk.FromString,
                 _registered_method=True)
 
 
@@ -127,8 +192,97 @@ class MarketServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ProveConsistency(self, request, context):
+        """Proofs of the log (docs/protocol.md 6.7): that it only grew, and that a release is in it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ProveInclusion(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cosign(self, request, context):
+        """A witness of this market's choice hands in a checkpoint that it signed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Enrol(self, request, context):
+        """Make an owner a member, by an invite of the market's operator.  Idempotent for the same owner and SuperNode.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Match(self, request_iterator, context):
         """Encrypted matching: the first chunk names the catalogue the query was made for, the rest carry keys and ciphertext.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Relay(self, request_iterator, context):
+        """The relay (docs/protocol.md 6.14).  A guard dials out, says for which release it answers, and waits for sealed questions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetIntroduction(self, request, context):
+        """The key that questions to a release are sealed to, as its owner signed it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Ask(self, request, context):
+        """Pass a sealed question on, and its sealed answer back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitNotice(self, request, context):
+        """Withdrawals, rotations and revocations (docs/protocol.md 6.17).  Idempotent: the same bytes give the same index.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SyncNotices(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAggregates(self, request, context):
+        """What all standing releases say together (docs/protocol.md 6.21): the same bytes for everybody.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ProveConflict(self, request, context):
+        """Evidence that the owner of a release signed another one of the same number, which is in the log (docs/protocol.md 6.24).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Certify(self, request, context):
+        """A member's certificate for the members' port (docs/protocol.md 6.25).  Each call makes a new one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetOrganisations(self, request, context):
+        """Whose owners are one organisation, by the market's word (docs/protocol.md 6.28).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -172,10 +326,75 @@ def add_MarketServicer_to_server(servicer, server):
                     request_deserializer=protocol_dot_wire_dot_market__pb2.AdapterRequest.FromString,
                     response_serializer=protocol_dot_wire_dot_market__pb2.AdapterChunk.SerializeToString,
             ),
+            'ProveConsistency': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProveConsistency,
+                    request_deserializer=protocol_dot_wire_dot_market__pb2.ConsistencyRequest.FromString,
+                    response_serializer=protocol_dot_wire_dot_market__pb2.LogProof.SerializeToString,
+            ),
+            'ProveInclusion': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProveInclusion,
+                    request_deserializer=protocol_dot_wire_dot_market__pb2.InclusionRequest.FromString,
+                    response_serializer=protocol_dot_wire_dot_market__pb2.LogProof.SerializeToString,
+            ),
+            'Cosign': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cosign,
+                    request_deserializer=protocol_dot_wire_dot_market__pb2.CosignRequest.FromString,
+                    response_serializer=protocol_dot_wire_dot_market__pb2.Cosigned.SerializeToString,
+            ),
+            'Enrol': grpc.unary_unary_rpc_method_handler(
+                    servicer.Enrol,
+                    request_deserializer=protocol_dot_wire_dot_market__pb2.EnrolRequest.FromString,
+                    response_serializer=protocol_dot_wire_dot_market__pb2.Enrolled.SerializeToString,
+            ),
             'Match': grpc.stream_stream_rpc_method_handler(
                     servicer.Match,
                     request_deserializer=protocol_dot_wire_dot_market__pb2.MatchChunk.FromString,
                     response_serializer=protocol_dot_wire_dot_market__pb2.ScoresChunk.SerializeToString,
+            ),
+            'Relay': grpc.stream_stream_rpc_method_handler(
+                    servicer.Relay,
+                    request_deserializer=protocol_dot_wire_dot_market__pb2.FromGuard.FromString,
+                    response_serializer=protocol_dot_wire_dot_market__pb2.ToGuard.SerializeToString,
+            ),
+            'GetIntroduction': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetIntroduction,
+                    request_deserializer=protocol_dot_wire_dot_market__pb2.IntroductionRequest.FromString,
+                    response_serializer=protocol_dot_wire_dot_market__pb2.Introduction.SerializeToString,
+            ),
+            'Ask': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ask,
+                    request_deserializer=protocol_dot_wire_dot_market__pb2.SealedQuestion.FromString,
+                    response_serializer=protocol_dot_wire_dot_market__pb2.SealedAnswer.SerializeToString,
+            ),
+            'SubmitNotice': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitNotice,
+                    request_deserializer=protocol_dot_wire_dot_market__pb2.NoticeRequest.FromString,
+                    response_serializer=protocol_dot_wire_dot_market__pb2.NoticeReceipt.SerializeToString,
+            ),
+            'SyncNotices': grpc.unary_stream_rpc_method_handler(
+                    servicer.SyncNotices,
+                    request_deserializer=protocol_dot_wire_dot_market__pb2.NoticesRequest.FromString,
+                    response_serializer=protocol_dot_wire_dot_market__pb2.NoticesChunk.SerializeToString,
+            ),
+            'GetAggregates': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetAggregates,
+                    request_deserializer=protocol_dot_wire_dot_market__pb2.AggregatesRequest.FromString,
+                    response_serializer=protocol_dot_wire_dot_market__pb2.AggregatesChunk.SerializeToString,
+            ),
+            'ProveConflict': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProveConflict,
+                    request_deserializer=protocol_dot_wire_dot_market__pb2.PublishRequest.FromString,
+                    response_serializer=protocol_dot_wire_dot_market__pb2.ConflictProof.SerializeToString,
+            ),
+            'Certify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Certify,
+                    request_deserializer=protocol_dot_wire_dot_market__pb2.CertifyRequest.FromString,
+                    response_serializer=protocol_dot_wire_dot_market__pb2.Certified.SerializeToString,
+            ),
+            'GetOrganisations': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetOrganisations,
+                    request_deserializer=protocol_dot_wire_dot_market__pb2.OrganisationsRequest.FromString,
+                    response_serializer=protocol_dot_wire_dot_market__pb2.OrganisationsChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -378,6 +597,114 @@ class Market(object):
             _registered_method=True)
 
     @staticmethod
+    def ProveConsistency(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veilmart.v1.Market/ProveConsistency',
+            protocol_dot_wire_dot_market__pb2.ConsistencyRequest.SerializeToString,
+            protocol_dot_wire_dot_market__pb2.LogProof.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProveInclusion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veilmart.v1.Market/ProveInclusion',
+            protocol_dot_wire_dot_market__pb2.InclusionRequest.SerializeToString,
+            protocol_dot_wire_dot_market__pb2.LogProof.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cosign(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veilmart.v1.Market/Cosign',
+            protocol_dot_wire_dot_market__pb2.CosignRequest.SerializeToString,
+            protocol_dot_wire_dot_market__pb2.Cosigned.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Enrol(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veilmart.v1.Market/Enrol',
+            protocol_dot_wire_dot_market__pb2.EnrolRequest.SerializeToString,
+            protocol_dot_wire_dot_market__pb2.Enrolled.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Match(request_iterator,
             target,
             options=(),
@@ -394,6 +721,249 @@ class Market(object):
             '/veilmart.v1.Market/Match',
             protocol_dot_wire_dot_market__pb2.MatchChunk.SerializeToString,
             protocol_dot_wire_dot_market__pb2.ScoresChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Relay(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/veilmart.v1.Market/Relay',
+            protocol_dot_wire_dot_market__pb2.FromGuard.SerializeToString,
+            protocol_dot_wire_dot_market__pb2.ToGuard.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetIntroduction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veilmart.v1.Market/GetIntroduction',
+            protocol_dot_wire_dot_market__pb2.IntroductionRequest.SerializeToString,
+            protocol_dot_wire_dot_market__pb2.Introduction.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Ask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veilmart.v1.Market/Ask',
+            protocol_dot_wire_dot_market__pb2.SealedQuestion.SerializeToString,
+            protocol_dot_wire_dot_market__pb2.SealedAnswer.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitNotice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veilmart.v1.Market/SubmitNotice',
+            protocol_dot_wire_dot_market__pb2.NoticeRequest.SerializeToString,
+            protocol_dot_wire_dot_market__pb2.NoticeReceipt.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SyncNotices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/veilmart.v1.Market/SyncNotices',
+            protocol_dot_wire_dot_market__pb2.NoticesRequest.SerializeToString,
+            protocol_dot_wire_dot_market__pb2.NoticesChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAggregates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/veilmart.v1.Market/GetAggregates',
+            protocol_dot_wire_dot_market__pb2.AggregatesRequest.SerializeToString,
+            protocol_dot_wire_dot_market__pb2.AggregatesChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProveConflict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veilmart.v1.Market/ProveConflict',
+            protocol_dot_wire_dot_market__pb2.PublishRequest.SerializeToString,
+            protocol_dot_wire_dot_market__pb2.ConflictProof.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Certify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veilmart.v1.Market/Certify',
+            protocol_dot_wire_dot_market__pb2.CertifyRequest.SerializeToString,
+            protocol_dot_wire_dot_market__pb2.Certified.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetOrganisations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/veilmart.v1.Market/GetOrganisations',
+            protocol_dot_wire_dot_market__pb2.OrganisationsRequest.SerializeToString,
+            protocol_dot_wire_dot_market__pb2.OrganisationsChunk.FromString,
             options,
             channel_credentials,
             insecure,

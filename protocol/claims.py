@@ -1,0 +1,184 @@
+"""What an owner signs: the claims of a release, read with the standard library alone (docs/protocol.md 4).
+
+envelope = release bytes || Ed25519 signature over them          release id = SHA-256 of the release bytes
+
+Everything that can be wrong with a release's bytes is found here, so an auditor needs no numerical library to refuse one
+(protocol/verify.py); protocol/release.py gives the same claims as values to compute with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from protocol.codec import decode, domain_tag, encode, format_decimal, parse_decimal, take
+from protocol.errors import FormatError, InvalidSignature, UsageError
+from protocol.privacy import (
+    NORM_SQUARED,
+    NOT_PRIVATE,
+    AdapterGuarantee,
+    Guarantee,
+    NeighbouringRelation,
+    PrivacyUnit,
+    PrivateTraining,
+    noise_variance,
+    training_from_plain,
+    training_to_plain,
+)
+
+MAGIC = domain_tag("release", 2)
+SIGNATURE_BYTES = 64
+NO_ID, IDS = bytes(32), 5  # the payload begins with owner, previous release, base model, map and adapter, 32 bytes each
+MAX_ENVELOPE_BYTES = 16 << 10
+MAX_ADAPTER_BYTES = 64 << 20
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReference:
+    """Which adapter a release speaks of, and what its privacy guarantee is."""
+
+    digest: bytes  # SHA-256 of the adapter's bytes
+    size_bytes: int
+    guarantee: AdapterGuarantee = NOT_PRIVATE  # "none": trained without differential privacy
+
+    def __post_init__(self) -> None:
+        if len(self.digest) != 32 or not 0 < self.size_bytes <= MAX_ADAPTER_BYTES:
+            raise FormatError(f"adapter: expected a SHA-256 digest and 1 to {MAX_ADAPTER_BYTES} bytes")
+        if isinstance(self.guarantee, str) and self.guarantee != NOT_PRIVATE:
+            raise FormatError("adapter.guarantee: expected 'none', or a guarantee with the mechanism that keeps it")
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What people read before they choose."""
+
+    name: str  # unique within its owner, e.g. "notes"
+    summary: str = ""
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise UsageError(
+                f"name: expected 1 to 63 of a-z, 0-9, '.', '_', '-' beginning with a letter or digit, got {len(self.name)} characters"
+            )
+        if max(len(self.summary), len(self.licence)) > 500:
+            raise UsageError("card: expected at most 500 characters a field")
+        try:
+            (self.summary + self.licence).encode()
+        except UnicodeEncodeError:  # a lone surrogate, as Python reads bytes of a command line that are no UTF-8
+            raise UsageError("card: expected text in UTF-8, got other bytes", hint="set the terminal to UTF-8") from None
+
+
+@dataclass(frozen=True)
+class Claims:
+    """One learnware as its owner signed it."""
+
+    owner: bytes  # Ed25519 public key
+    release_number: int  # position in the owner's chain, from 1
+    previous: bytes  # id of the owner's previous release, empty for the first
+    base_model: bytes  # identity of the base model
+    map_id: bytes
+    noisy_sums: tuple[int, ...]  # int32 each, element 0 the count coordinate
+    noise_variance: int
+    guarantee: Guarantee
+    adapter: AdapterReference | None
+    card: Card
+    simulated: bool  # made with noise that is not secret; a real market refuses it
+
+    def __post_init__(self) -> None:
+        # Everybody recomputes the noise from the claim: a release with less noise than its epsilon needs does not exist.
+        least = noise_variance(self.guarantee, NORM_SQUARED)
+        if self.noise_variance < least:
+            raise FormatError(f"noise_variance: epsilon {self.guarantee.epsilon:g} needs at least {least}, got {self.noise_variance}")
+
+    @cached_property
+    def body(self) -> bytes:
+        """The release bytes: what is signed, hashed and logged."""
+        adapter = self.adapter
+        metadata: dict[str, Any] = {
+            "adapter": {"guarantee": training_to_plain(adapter.guarantee), "size_bytes": adapter.size_bytes} if adapter else {},
+            "card": {"licence": self.card.licence, "name": self.card.name, "summary": self.card.summary},
+            "delta": format_decimal(self.guarantee.delta),
+            "epsilon": format_decimal(self.guarantee.epsilon),
+            "noise_variance": self.noise_variance,
+            "relation": str(self.guarantee.relation),
+            "release_number": self.release_number,
+            "simulated": int(self.simulated),
+            "unit": str(self.guarantee.unit),
+        }
+        ids = (self.owner, self.previous or NO_ID, self.base_model, self.map_id, adapter.digest if adapter else NO_ID)
+        return encode(MAGIC, metadata, b"".join(ids) + struct.pack(f"<{len(self.noisy_sums)}i", *self.noisy_sums))
+
+    @cached_property
+    def release_id(self) -> bytes:
+        """SHA-256 of the release bytes."""
+        return hashlib.sha256(self.body).digest()
+
+    @property
+    def title(self) -> str:
+        """How people call it: name@first digits of the id."""
+        return f"{self.card.name}@{self.release_id.hex()[:8]}"
+
+
+def open_claims(envelope: bytes) -> Claims:
+    """Return what an envelope's owner signed; raise FormatError or InvalidSignature.  No IO."""
+    from cryptography.exceptions import InvalidSignature as BadSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    if not SIGNATURE_BYTES < len(envelope) <= MAX_ENVELOPE_BYTES:
+        raise FormatError(f"envelope: expected {SIGNATURE_BYTES + 1} to {MAX_ENVELOPE_BYTES} bytes, got {len(envelope)}")
+    body, signature = envelope[:-SIGNATURE_BYTES], envelope[-SIGNATURE_BYTES:]
+    claims = parse_claims(body)
+    try:
+        Ed25519PublicKey.from_public_bytes(claims.owner).verify(signature, body)
+    except (BadSignature, ValueError):
+        raise InvalidSignature("release: the owner's signature does not verify") from None
+    return claims
+
+
+def parse_claims(body: bytes) -> Claims:
+    """Return the claims of a release's canonical bytes; raise FormatError for any other encoding."""
+    metadata, payload = decode(MAGIC, body)
+    fields = {
+        "adapter": dict, "card": dict, "delta": str, "epsilon": str, "noise_variance": int, "relation": str, "release_number": int,
+        "simulated": int, "unit": str,
+    }  # fmt: skip
+    adapter, card, delta, epsilon, variance, relation, number, simulated, unit = take(metadata, fields, "release")
+    ids, payload = payload[: IDS * len(NO_ID)], payload[IDS * len(NO_ID) :]
+    if len(payload) % 4 or not 8 <= len(payload) <= 4 * 4097:
+        raise FormatError(f"release: expected {IDS} ids and 2 to 4097 int32 sums, got {len(ids) + len(payload)} bytes")
+    owner, previous, base_model, map_id, digest = (ids[start : start + len(NO_ID)] for start in range(0, len(ids), len(NO_ID)))
+    if not 1 <= number < 1 << 53 or simulated not in (0, 1):
+        raise FormatError("release: release_number or simulated out of range")
+    if (number == 1) != (previous == NO_ID):
+        raise FormatError("release.previous: expected the previous release's id, empty for release 1 only")
+    try:
+        guarantee = Guarantee(
+            parse_decimal(epsilon, "release.epsilon"),
+            parse_decimal(delta, "release.delta"),
+            NeighbouringRelation(relation),
+            PrivacyUnit.parse(unit),
+        )
+        card_value = Card(*take(card, {"name": str, "summary": str, "licence": str}, "release.card"))
+    except (UsageError, ValueError) as error:
+        text = str(error) if isinstance(error, UsageError) else "unknown neighbouring relation or privacy unit"
+        raise FormatError(f"release: {text}") from None
+    reference = None
+    if adapter:
+        kind = str if isinstance(adapter.get("guarantee"), str) else dict
+        size_bytes, promise = take(adapter, {"size_bytes": int, "guarantee": kind}, "release.adapter")
+        reference = AdapterReference(digest, size_bytes, training_from_plain(promise))
+        if isinstance(reference.guarantee, PrivateTraining) and reference.guarantee.guarantee.unit != guarantee.unit:
+            raise FormatError("release.adapter: expected the unit of the specification, since both are of one population")
+    claims = Claims(
+        owner, number, b"" if previous == NO_ID else previous, base_model, map_id, struct.unpack(f"<{len(payload) // 4}i", payload),
+        variance, guarantee, reference, card_value, bool(simulated),
+    )  # fmt: skip
+    if claims.body != body:  # whatever slipped through above: only the canonical bytes are a release
+        raise FormatError("release: not in canonical form")
+    return claims
