@@ -1,218 +1,66 @@
-"""Adapters: LoRA weights as a value, with one strict byte form (docs/protocol.md 5).
-
-The bytes are a safetensors file that any reader of that format opens, but only the canonical one: our own manifest, names sorted,
-no gaps.  A stranger's adapter_config.json or pickle is never read; what an adapter needs beyond its tensors is in the manifest.
-"""
+"""Adapters of this node: put together, put on a model, taken off it.  Their bytes are read and written in protocol/adapter.py."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from protocol.adapter import GPT2, LLAMA, MAX_RANK
+from protocol.adapter import MAX_BYTES as MAX_BYTES
+from protocol.adapter import MAX_HEADER_BYTES as MAX_HEADER_BYTES
+from protocol.adapter import MODULES as MODULES
+from protocol.adapter import Adapter as Adapter
+from protocol.adapter import Layout as Layout
+from protocol.adapter import tensor_name as tensor_name
+from protocol.codec import domain_tag
 from protocol.errors import InvalidAdapter
 
-FORMAT = "veilmart-adapter/1"
-MAX_BYTES, MAX_HEADER_BYTES = 64 << 20, 1_000_000
-MAX_RANK, MAX_ALPHA, MAX_LAYERS, MAX_WIDTH = 64, 1024, 512, 1 << 16
-DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
-MODULES = (
-    "mlp.down_proj", "mlp.gate_proj", "mlp.up_proj",
-    "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj",
-)  # fmt: skip
-# Widths that are one and the same in every layer of a Llama: (module, "A" = what comes in or "B" = what goes out).
-SAME_WIDTH = (
-    (
-        ("self_attn.q_proj", "A"), ("self_attn.k_proj", "A"), ("self_attn.v_proj", "A"), ("self_attn.o_proj", "B"),
-        ("mlp.gate_proj", "A"), ("mlp.up_proj", "A"), ("mlp.down_proj", "B"),
-    ),
-    (("mlp.gate_proj", "B"), ("mlp.up_proj", "B"), ("mlp.down_proj", "A")),
-    (("self_attn.q_proj", "B"), ("self_attn.o_proj", "A")),
-    (("self_attn.k_proj", "B"), ("self_attn.v_proj", "B")),
-)  # fmt: skip
+
+def layout_of(module: Any) -> Layout:
+    """Return the layout of a causal language model."""
+    return GPT2 if hasattr(module, "transformer") else LLAMA
 
 
-def tensor_name(layer: int, module: str, side: str) -> str:
-    """Return the name of one tensor, side "A" or "B"; layer counts from 0 in the full model, whatever part was trained."""
-    return f"base_model.model.model.layers.{layer}.{module}.lora_{side}.weight"
+# Several as one ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """LoRA weights for consecutive layers of a base model; valid from birth, else InvalidAdapter.
+def merge(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """Return the one adapter whose update is the weighted sum of the adapters' updates, exactly: ranks are put side by side.
 
-    tensors: `tensor_name` to float32 or float16, lora_A (rank, in) and lora_B (out, rank), for the seven linear modules of
-    every layer from first_layer to last_layer inclusive, counted from 0 in the full model.
+    sum_i w_i alpha_i / r_i B_i A_i = [w_i alpha_i / r_i B_i]_i [A_i]_i.  Adapters without a layer that another has add nothing there.
+    Raises InvalidAdapter if they are for different base models or their ranks add up to more than MAX_RANK.
     """
-
-    tensors: Mapping[str, NDArray[Any]]
-    base_model: str  # identity of the base model, hexadecimal
-    rank: int
-    alpha: int  # the update is alpha / rank * B A
-    first_layer: int
-    last_layer: int
-    guarantee: str = "none"  # of the training; the only one so far
-
-    def __post_init__(self) -> None:
-        _check_manifest(self)
-        names = {
-            (layer, module, side): tensor_name(layer, module, side)
-            for layer in range(self.first_layer, self.last_layer + 1)
-            for module in MODULES
-            for side in "AB"
-        }
-        if set(self.tensors) != set(names.values()):
-            odd = len(set(self.tensors) ^ set(names.values()))
-            raise InvalidAdapter(f"adapter: expected {len(names)} tensors for layers {self.first_layer} to {self.last_layer}, {odd} differ")
-        frozen = {}
-        for name in sorted(self.tensors):
-            array = np.array(self.tensors[name], order="C")
-            if array.dtype not in DTYPES.values():
-                raise InvalidAdapter(f"adapter, {name}: expected float32 or float16, got {array.dtype}")
-            if not np.isfinite(array).all():
-                raise InvalidAdapter(f"adapter, {name}: expected finite weights")
-            array.setflags(write=False)
-            frozen[name] = array
-        object.__setattr__(self, "tensors", MappingProxyType(frozen))
-        for layer, module, side in names:
-            self._check_shape(layer, module, side)
-
-    def _check_shape(self, layer: int, module: str, side: str) -> None:
-        name = tensor_name(layer, module, side)
-        shape = self.tensors[name].shape
-        group = next(group for group in SAME_WIDTH if (module, side) in group)
-        twin = self.tensors[tensor_name(self.first_layer, *group[0])].shape
-        width = (twin[1] if group[0][1] == "A" else twin[0]) if len(twin) == 2 else 0
-        expected = (self.rank, width) if side == "A" else (width, self.rank)
-        if shape != expected or not 0 < width <= MAX_WIDTH:
-            raise InvalidAdapter(f"adapter, {name}: expected shape {expected}, got {shape}")
-
-    def to_bytes(self) -> bytes:
-        """Return the canonical safetensors bytes; equal adapters give equal bytes."""
-        header: dict[str, Any] = {
-            "__metadata__": {
-                "alpha": str(self.alpha),
-                "base_model": self.base_model,
-                "first_layer": str(self.first_layer),
-                "format": FORMAT,
-                "guarantee": self.guarantee,
-                "last_layer": str(self.last_layer),
-                "rank": str(self.rank),
-            }
-        }
-        spelling = {dtype: name for name, dtype in DTYPES.items()}
-        chunks, offset = [], 0
-        for name, array in self.tensors.items():
-            chunk = array.tobytes()
-            header[name] = {"data_offsets": [offset, offset + len(chunk)], "dtype": spelling[array.dtype], "shape": list(array.shape)}
-            chunks.append(chunk)
-            offset += len(chunk)
-        text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
-        text += b" " * (-len(text) % 8)  # the format wants tensors aligned
-        return b"".join([len(text).to_bytes(8, "little"), text, *chunks])
-
-    @cached_property
-    def digest(self) -> str:
-        """Hexadecimal SHA-256 of the bytes."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
-
-    @classmethod
-    def from_bytes(cls, data: bytes, *, base_model: str) -> Adapter:
-        """Return the adapter of canonical bytes made for `base_model`; raise InvalidAdapter for anything else."""
-        if len(data) > MAX_BYTES:
-            raise InvalidAdapter(f"adapter: expected at most {MAX_BYTES} bytes, got {len(data)}")
-        header, payload = _split_header(data)
-        manifest = _take_manifest(header.pop("__metadata__", None))
-        if manifest["base_model"] != base_model:
-            raise InvalidAdapter(f"adapter: expected one for base model {base_model[:16]}, got one for another")
-        tensors, end = {}, 0
-        for name, entry in header.items():
-            tensors[name], stop = _tensor(entry, payload, end)
-            end = stop
-        if end != len(payload):
-            raise InvalidAdapter(f"adapter: expected {end} bytes of weights, got {len(payload)}")
-        rank, alpha, first, last = (_number(manifest[key], key) for key in ("rank", "alpha", "first_layer", "last_layer"))
-        adapter = cls(tensors, base_model, rank, alpha, first, last)
-        if adapter.to_bytes() != data:  # one adapter, one digest
-            raise InvalidAdapter("adapter: the bytes are not in canonical form")
-        return adapter
-
-
-def _check_manifest(adapter: Adapter) -> None:
-    limits = {
-        "rank": (adapter.rank, 1, MAX_RANK),
-        "alpha": (adapter.alpha, 1, MAX_ALPHA),
-        "first_layer": (adapter.first_layer, 0, MAX_LAYERS),
-        "last_layer": (adapter.last_layer, adapter.first_layer, MAX_LAYERS),
-    }
-    for name, (value, low, high) in limits.items():
-        if not low <= value <= high:
-            raise InvalidAdapter(f"adapter, {name}: expected {low} to {high}, got {value}")
-    if not re.fullmatch(r"[0-9a-f]{64}", adapter.base_model):
-        raise InvalidAdapter("adapter, base_model: expected 64 lower-case hexadecimal digits")
-    if adapter.guarantee != "none":
-        raise InvalidAdapter("adapter, guarantee: expected 'none', the only one this version knows")
-
-
-def _split_header(data: bytes) -> tuple[dict[str, Any], bytes]:
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > MAX_HEADER_BYTES or 8 + length > len(data):
-        raise InvalidAdapter(f"adapter: expected a header of at most {MAX_HEADER_BYTES} bytes inside {len(data)} bytes")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise InvalidAdapter("adapter: a key occurs twice in the header")
-        return dict(pairs)
-
-    try:
-        header = json.loads(data[8 : 8 + length], object_pairs_hook=unique)
-    except (ValueError, RecursionError):
-        raise InvalidAdapter("adapter: the header is not JSON") from None
-    if not isinstance(header, dict):
-        raise InvalidAdapter("adapter: the header is not an object")
-    return header, data[8 + length :]
-
-
-def _take_manifest(manifest: object) -> dict[str, str]:
-    fields = {"alpha", "base_model", "first_layer", "format", "guarantee", "last_layer", "rank"}
-    if not isinstance(manifest, dict) or set(manifest) != fields or not all(isinstance(value, str) for value in manifest.values()):
-        raise InvalidAdapter(f"adapter: expected a manifest of the strings {sorted(fields)}")
-    if manifest["format"] != FORMAT:
-        raise InvalidAdapter(f"adapter: expected format {FORMAT}")
-    if manifest["guarantee"] != "none":
-        raise InvalidAdapter("adapter, guarantee: expected 'none', the only one this version knows")
-    return manifest
-
-
-def _number(text: str, what: str) -> int:
-    if not re.fullmatch(r"0|[1-9][0-9]{0,5}", text):
-        raise InvalidAdapter(f"adapter, {what}: expected a whole number")
-    return int(text)
-
-
-def _tensor(entry: Any, payload: bytes, begin: int) -> tuple[NDArray[Any], int]:
-    """Return the tensor of one header entry, which must begin at `begin`, and where it ends."""
-    match entry:
-        case {"dtype": str(dtype), "shape": [int(rows), int(columns)], "data_offsets": [int(start), int(stop)]} if len(entry) == 3:
-            pass
-        case _:
-            raise InvalidAdapter("adapter: expected dtype, a shape of two numbers and data_offsets for every tensor")
-    if dtype not in DTYPES:
-        raise InvalidAdapter(f"adapter: expected {' or '.join(DTYPES)} weights")
-    if not (0 < rows <= MAX_WIDTH and 0 < columns <= MAX_WIDTH):
-        raise InvalidAdapter(f"adapter: expected shapes from 1 to {MAX_WIDTH}, got {rows} x {columns}")
-    if start != begin or stop != start + rows * columns * DTYPES[dtype].itemsize or stop > len(payload):
-        raise InvalidAdapter("adapter: the tensors do not lie one behind the other")
-    return np.frombuffer(payload[start:stop], DTYPES[dtype]).reshape(rows, columns), stop
+    first = adapters[0]
+    if any((other.base_model, other.layout) != (first.base_model, first.layout) for other in adapters):
+        raise InvalidAdapter("merge: expected adapters for one base model")
+    rank = sum(adapter.rank for adapter in adapters)
+    if rank > MAX_RANK:
+        raise InvalidAdapter(f"merge: expected ranks that add up to at most {MAX_RANK}, got {rank}", hint="use fewer, or mix their outputs")
+    layers = range(min(one.first_layer for one in adapters), max(one.last_layer for one in adapters) + 1)
+    tensors: dict[str, NDArray[Any]] = {}
+    for layer in layers:
+        for module in first.layout.modules:
+            a, b = (first.layout.tensor_name(layer, module, side) for side in "AB")
+            factors = [
+                (one.tensors[a].astype(np.float32), np.float32(weight * one.alpha / one.rank) * one.tensors[b])
+                for one, weight in zip(adapters, weights, strict=True)
+                if a in one.tensors
+            ]
+            if not factors:  # between two adapters that share no layer
+                raise InvalidAdapter(f"merge: no adapter has layer {layer}, which lies between theirs")
+            wide, tall = factors[0][0].shape[1], factors[0][1].shape[0]
+            if any(f[0].shape[1] != wide or f[1].shape[0] != tall for f in factors):
+                raise InvalidAdapter("merge: the adapters are not of one width")
+            missing = rank - sum(f[0].shape[0] for f in factors)
+            tensors[a] = np.concatenate([*(f[0] for f in factors), np.zeros((missing, wide), np.float32)])
+            tensors[b] = np.concatenate([*(f[1] for f in factors), np.zeros((tall, missing), np.float32)], axis=1, dtype=np.float32)
+    return Adapter(tensors, first.base_model, rank, rank, layers[0], layers[-1])
 
 
 # On a model --------------------------------------------------------------------------------------------------------------
@@ -224,16 +72,17 @@ def sharing_weights(module: Any) -> Any:
 
 
 def with_lora(module: Any, rank: int, alpha: int, layers: Sequence[int] | None = None) -> Any:
-    """Return a copy of a LlamaForCausalLM, sharing its weights, with fresh LoRA on the seven linear modules of `layers` (default all).
+    """Return a copy of a causal language model, sharing its weights, with fresh LoRA on the linear modules of `layers` (default all).
 
     lora_A is drawn from torch's global generator, lora_B is zero.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    layout = layout_of(module)
     # peft refuses layers_to_transform together with "all-linear", hence the list.
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=0.0,
-        target_modules=[name.split(".")[1] for name in MODULES],
+        target_modules=sorted({name.split(".")[1] for name in layout.modules}), fan_in_fan_out=layout.transposed,
         layers_to_transform=None if layers is None else list(layers),
     )  # fmt: skip
     adapted = inject_adapter_in_model(config, sharing_weights(module))
@@ -243,7 +92,7 @@ def with_lora(module: Any, rank: int, alpha: int, layers: Sequence[int] | None =
 
 
 def attach(module: Any, adapter: Adapter, below: int = 0) -> Any:
-    """Return a copy of a LlamaForCausalLM, sharing its weights, with the adapter on it.
+    """Return a copy of a causal language model, sharing its weights, with the adapter on it.
 
     below: how many layers of the full model `module` lacks at its bottom.  Raises InvalidAdapter unless every tensor has its place.
     """
@@ -265,18 +114,49 @@ def attach(module: Any, adapter: Adapter, below: int = 0) -> Any:
     return adapted.eval().requires_grad_(False)
 
 
-def detach(adapted: Any, base_model: str, alpha: int, below: int = 0) -> Adapter:
+def load_factors(adapted: Any, start: Adapter | None, below: int) -> list[Any]:
+    """Set the LoRA factors of a module that `with_lora` made to public values, freeze every A and return the parameters of every B.
+
+    Without `start` A is a fixed public matrix and B is zero.  Raises InvalidAdapter if `start` has other layers or another rank.
+    """
+    import torch
+
+    factors = []
+    for name, parameter in _places(adapted, below).items():
+        side = name.removesuffix(".weight")[-1]
+        if start is not None:
+            value = start.tensors.get(name)
+            if value is None or value.shape != tuple(parameter.shape):
+                raise InvalidAdapter("adapter: the public start has other layers or another rank")
+        else:
+            value = public_factor(*parameter.shape) if side == "A" else np.zeros(tuple(parameter.shape), np.float32)
+        parameter.data.copy_(torch.tensor(value))
+        parameter.requires_grad_(side == "B")
+        if side == "B":
+            factors.append(parameter)
+    return factors
+
+
+def public_factor(rank: int, width: int) -> NDArray[np.float32]:
+    """Return the fixed LoRA factor A (rank, width): signs from SHAKE-256, the same on every machine."""
+    digest = hashlib.shake_256(domain_tag("lora-factor", 1)).digest(-(-rank * width // 8))
+    signs = np.unpackbits(np.frombuffer(digest, np.uint8))[: rank * width].astype(np.float32) * 2 - 1
+    return signs.reshape(rank, width) / np.float32(width) ** 0.5
+
+
+def detach(adapted: Any, base_model: str, alpha: int, below: int = 0, guarantee: str = "none") -> Adapter:
     """Return the LoRA weights on a module that `with_lora` made for all its layers, numbered as in the full model."""
-    tensors = {name: parameter.detach().float().numpy() for name, parameter in _places(adapted, below).items()}
-    rank = tensors[tensor_name(below, "self_attn.q_proj", "A")].shape[0]
-    return Adapter(tensors, base_model, rank, alpha, below, below + adapted.config.num_hidden_layers - 1)
+    tensors = {name: parameter.detach().float().cpu().numpy() for name, parameter in _places(adapted, below).items()}
+    layout = layout_of(adapted)
+    rank = tensors[layout.tensor_name(below, layout.modules[0], "A")].shape[0]
+    return Adapter(tensors, base_model, rank, alpha, below, below + adapted.config.num_hidden_layers - 1, guarantee)
 
 
 def _places(adapted: Any, below: int) -> dict[str, Any]:
     """Return the LoRA parameters of a module under their names in an adapter: layer k of the module is layer below + k."""
 
     def renumber(name: str) -> str:
-        full = re.sub(r"layers\.(\d+)\.", lambda match: f"layers.{int(match[1]) + below}.", name)
+        full = re.sub(r"\.(layers|h)\.(\d+)\.", lambda match: f".{match[1]}.{int(match[2]) + below}.", name)
         return "base_model.model." + full.replace(".default.", ".")  # as peft's own files have it
 
     return {renumber(name): parameter for name, parameter in adapted.named_parameters() if "lora_" in name}

@@ -5,19 +5,30 @@ Training here is *not* private: an adapter made by `finetune` carries no guarant
 
 from __future__ import annotations
 
+import io
+import math
 import random
+import threading
+import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from itertools import repeat
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from nodes.adapter import Adapter, attach, detach, with_lora
 from nodes.base_model import Activations, BaseModel, single_threaded_workers
-from protocol.errors import RecordError, UsageError
+from protocol.errors import RecordError, TrainingFailed, UsageError
+from protocol.keys import write_durably
 
 if TYPE_CHECKING:
     import torch
 
 Progress = Callable[[int, int], None]  # steps done, all
+SEEDED = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,52 +47,198 @@ class Recipe:
     max_steps: int = 96
     clip: float = 1.0  # largest L2 norm of a step's gradient; bounds nothing about one record
     seed: int = 0
+    # Share of the records that is not trained on: training keeps the weights with the smallest loss on them.  Not in the text of a recipe,
+    # which stands in digests of requests that were paid for before there was such a share.
+    held_out: float = field(default=0.0, repr=False)
 
     def __post_init__(self) -> None:
         if min(self.rank, self.alpha, self.batch, self.epochs, self.max_steps) < 1 or min(self.learning_rate, self.clip) <= 0:
             raise UsageError("recipe: expected positive numbers")
+        if not 0 <= self.held_out <= 0.5:
+            raise UsageError(f"recipe: expected a held-out share from 0 to 0.5, got {self.held_out:g}")
+
+    def seen(self, count: int) -> int:
+        """Return how many records pass in training over so many, each as often as it does."""
+        return min(self.epochs * count, self.max_steps * self.batch)
+
+    def steps_for(self, count: int) -> int:
+        """Return the number of steps over so many records with a response, if it is not stopped early."""
+        return min(self.max_steps, self.epochs * -(-max(1, count - int(count * self.held_out + 0.5)) // self.batch))
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The loss on held-out records after a step: for the owner alone."""
+
+    step: int  # 0 is the base model
+    nats: float  # per response token
+
+
+CHECKS = 8  # of the held-out loss in one training
+PATIENCE = 2  # checks without a better loss before training stops
+CHECKPOINT_EVERY = 16  # steps
 
 
 def finetune(
-    model: BaseModel, activations: Sequence[Activations], recipe: Recipe, on_progress: Progress | None = None, *, workers: int = 2
+    model: BaseModel,
+    activations: Sequence[Activations],
+    recipe: Recipe,
+    on_progress: Progress | None = None,
+    *,
+    workers: int = 2,
+    checkpoint: Path | None = None,
+    on_loss: Callable[[HeldOut], None] | None = None,
 ) -> Adapter:
     """Return an adapter for the layers above the split, trained to predict the responses.
 
     Gives no privacy guarantee.  AdamW without weight decay; the loss is the mean over the response tokens of a batch.  The result
-    depends on model, activations and recipe alone: not on `workers`, on torch's settings, or on any global seed.
-    Raises RecordError if no record has a response.
+    depends on model, activations and recipe alone: not on `workers`, on torch's settings, on any global seed, or on interruptions.
+    checkpoint: a file for the state of an interrupted training, continued if it is there; private, and the caller's to remove.
+    Raises RecordError if no record has a response, TrainingFailed if the loss is not a number.
     """
     import torch
 
-    usable = [one for one in activations if one.encoded.has_response]
-    split = _common_split(usable)
+    usable, tested = _set_apart([one for one in activations if one.encoded.has_response], recipe)
+    split = common_split(usable)
     # Frozen weights in bf16 where the processor has it, LoRA in fp32: a third less CPU than all in fp32, losses equal to within
     # 0.02 nats (measured).
     top = model.upper_layers(split, model.dtype)
-    with torch.random.fork_rng(devices=[]):
+    # The seed is of torch's one global generator: two owners that train at once must not draw from it together.
+    with SEEDED, torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         adapted = with_lora(top, recipe.rank, recipe.alpha).train()
     weights = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0)
-    batches = _batches(len(usable), recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / len(batches))
+    batches = batches_of(len(usable), recipe)
+    best = Best(weights)
+    done = _resume(checkpoint, weights, optimiser, best)
+    every = max(1, -(-len(batches) // CHECKS))
     with single_threaded_workers(workers) as pool:
-        for step, rows in enumerate(batches, start=1):
-            chosen = [usable[i] for i in rows]
-            tokens = sum(len(one.encoded.tokens) - one.encoded.response_start for one in chosen)
 
-            def gradient(part: Sequence[Activations], tokens: int = tokens) -> tuple[torch.Tensor, ...]:
-                return torch.autograd.grad(_nats(adapted, part) / tokens, weights)
+        def check(step: int) -> None:
+            nats = sum(pool.map(_nats_of, repeat(adapted), _parts(tested)))
+            found = HeldOut(step, nats / sum(len(one.encoded.tokens) - one.encoded.response_start for one in tested))
+            best.offer(found, weights)
+            if on_loss is not None:
+                on_loss(found)
 
-            parts = list(pool.map(gradient, _parts(chosen)))
-            for weight, *terms in zip(weights, *parts, strict=True):
-                weight.grad = torch.stack(terms).sum(0)
-            torch.nn.utils.clip_grad_norm_(weights, recipe.clip)
+        if tested and not done:
+            check(0)
+        for step, rows in enumerate(batches[done:], start=done + 1):
+            if best.worse >= PATIENCE:
+                break
+            for weight, total in zip(weights, _gradient(adapted, weights, [usable[i] for i in rows], pool), strict=True):
+                weight.grad = total
+            length = torch.nn.utils.clip_grad_norm_(weights, recipe.clip)
+            if not bool(torch.isfinite(length)):
+                raise TrainingFailed(f"training: the loss of step {step} is not a number", hint="a smaller learning rate, or other records")
+            for group in optimiser.param_groups:
+                group["lr"] = recipe.learning_rate * (1 - (step - 1) / len(batches))
             optimiser.step()
-            schedule.step()
+            if tested and (step % every == 0 or step == len(batches)):
+                check(step)
+            if checkpoint is not None and step % CHECKPOINT_EVERY == 0:
+                _save(checkpoint, step, weights, optimiser, best)
             if on_progress is not None:
                 on_progress(step, len(batches))
+    best.restore(weights)
     return detach(adapted, model.model_id, recipe.alpha, split)
+
+
+class Best:
+    """The weights with the smallest held-out loss so far."""
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self.loss, self.worse = math.inf, 0  # checks since the best one
+        self.weights = [weight.detach().clone() for weight in weights]
+
+    def offer(self, found: HeldOut, weights: Sequence[torch.Tensor]) -> None:
+        """Keep the weights if their loss is the smallest."""
+        if found.nats < self.loss:
+            self.loss, self.worse = found.nats, 0
+            self.weights = [weight.detach().clone() for weight in weights]
+        else:
+            self.worse += 1
+
+    def restore(self, weights: Sequence[torch.Tensor]) -> None:
+        """Set the weights to the best ones, if any were offered."""
+        if self.loss < math.inf:
+            for weight, kept in zip(weights, self.weights, strict=True):
+                weight.data.copy_(kept)
+
+
+def _set_apart(usable: list[Activations], recipe: Recipe) -> tuple[list[Activations], list[Activations]]:
+    """Return the records to train on and those to test on; of a single record there is nothing to set apart."""
+    count = min(int(len(usable) * recipe.held_out + 0.5), len(usable) - 1) if recipe.held_out else 0
+    if count <= 0:
+        return usable, []
+    apart = set(random.Random(recipe.seed).sample(range(len(usable)), count))
+    return [one for i, one in enumerate(usable) if i not in apart], [one for i, one in enumerate(usable) if i in apart]
+
+
+def _gradient(adapted: Any, weights: Sequence[torch.Tensor], chosen: Sequence[Activations], pool: Executor) -> list[torch.Tensor]:
+    """Return the gradient of the mean loss over the response tokens of a batch."""
+    import torch
+
+    parts = _parts(chosen)
+    # Detached between the layers and the head: the head's weights are read once for the whole batch and not once a part.
+    states = list(pool.map(lambda part: response_states(adapted, part), parts))
+    targets = response_tokens([one for part in parts for one in part]).to(adapted.device)
+    slopes = head_slopes(adapted.lm_head.weight, torch.cat([one.detach() for one in states]), targets, pool) / len(targets)
+    terms = pool.map(
+        lambda state, slope: torch.autograd.grad(state, weights, slope), states, torch.split(slopes, [len(one) for one in states])
+    )
+    return [torch.stack(each).sum(0) for each in zip(*terms, strict=True)]
+
+
+def save_arrays(path: Path, arrays: Sequence[torch.Tensor], numbers: Sequence[float]) -> None:
+    """Write the state of a training where only its owner can read it, whole or not at all."""
+    stream = io.BytesIO()
+    np.savez(stream, *(array.detach().cpu().numpy() for array in arrays), numbers=np.array(numbers, np.float64))
+    write_durably(path, stream.getvalue())
+
+
+def load_arrays(path: Path, arrays: Sequence[torch.Tensor]) -> list[float] | None:
+    """Fill the tensors from such a file and return its numbers; None, and nothing filled, if there is none or it is of other shapes."""
+    import torch
+
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            values = [found[f"arr_{i}"] for i in range(len(arrays))]
+            numbers: list[float] = found["numbers"].tolist()
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        return None  # written by another version, or not by us: training begins anew, under the same charge
+    if any(value.shape != tuple(array.shape) for value, array in zip(values, arrays, strict=True)):
+        return None
+    for array, value in zip(arrays, values, strict=True):
+        array.data.copy_(torch.from_numpy(value))
+    return numbers
+
+
+def _optimiser_arrays(weights: Sequence[torch.Tensor], optimiser: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [optimiser.state[weight][name] for weight in weights for name in ("exp_avg", "exp_avg_sq", "step")]
+
+
+def _save(checkpoint: Path, step: int, weights: Sequence[torch.Tensor], optimiser: torch.optim.Optimizer, best: Best) -> None:
+    save_arrays(checkpoint, [*weights, *best.weights, *_optimiser_arrays(weights, optimiser)], [step, best.loss, best.worse])
+
+
+def _resume(checkpoint: Path | None, weights: Sequence[torch.Tensor], optimiser: torch.optim.Optimizer, best: Best) -> int:
+    """Return the number of steps that were done before, their state restored."""
+    import torch
+
+    if checkpoint is None or not checkpoint.is_file():
+        return 0
+    state = {w: {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)} for w in weights}
+    arrays = [state[weight][name] for weight in weights for name in ("exp_avg", "exp_avg_sq", "step")]
+    numbers = load_arrays(checkpoint, [*weights, *best.weights, *arrays])
+    if numbers is None:
+        return 0
+    for weight in weights:
+        optimiser.state[weight] = state[weight]
+    step, best.loss, worse = numbers
+    best.worse = int(worse)
+    return int(step)
 
 
 def held_out_loss(model: BaseModel, adapter: Adapter | None, activations: Sequence[Activations], *, workers: int = 2) -> float:
@@ -92,17 +249,30 @@ def held_out_loss(model: BaseModel, adapter: Adapter | None, activations: Sequen
     import torch
 
     usable = [one for one in activations if one.encoded.has_response]
-    split = _common_split(usable)
+    split = common_split(usable)
     top = model.upper_layers(split, torch.float32)
     adapted = top if adapter is None else attach(top, model.admit(adapter), split)
 
-    def nats(part: Sequence[Activations]) -> float:
-        with torch.inference_mode():
-            return float(_nats(adapted, part))
-
     with single_threaded_workers(workers) as pool:
-        total = sum(pool.map(nats, _parts(usable)))
+        total = sum(pool.map(_nats_of, repeat(adapted), _parts(usable)))
     return total / sum(len(one.encoded.tokens) - one.encoded.response_start for one in usable)
+
+
+def record_losses(
+    model: BaseModel, adapter: Adapter | None, activations: Sequence[Activations], on_progress: Progress | None = None, *, workers: int = 2
+) -> list[float]:
+    """Return each record's own mean loss in nats per response token, of the base model or of it with an adapter; each has a response."""
+    import torch
+
+    top = model.upper_layers(common_split(activations), torch.float32)
+    adapted = top if adapter is None else attach(top, model.admit(adapter), activations[0].split)
+    losses = []
+    with single_threaded_workers(workers) as pool:
+        for record, nats in zip(activations, pool.map(lambda one: _nats_of(adapted, [one]), activations), strict=True):
+            losses.append(nats / (len(record.encoded.tokens) - record.encoded.response_start))
+            if on_progress is not None:
+                on_progress(len(losses), len(activations))
+    return losses
 
 
 PART = 2  # records in one forward pass: fixed, so that sums come out the same for any number of workers
@@ -114,7 +284,7 @@ def _parts(chosen: Sequence[Activations]) -> list[list[Activations]]:
     return [ordered[start : start + PART] for start in range(0, len(ordered), PART)]
 
 
-def _batches(count: int, recipe: Recipe) -> list[list[int]]:
+def batches_of(count: int, recipe: Recipe) -> list[list[int]]:
     """Return the rows of every step."""
     shuffle, batches = random.Random(recipe.seed), []
     for _ in range(recipe.epochs):
@@ -123,7 +293,7 @@ def _batches(count: int, recipe: Recipe) -> list[list[int]]:
     return batches[: recipe.max_steps]
 
 
-def _common_split(activations: Sequence[Activations]) -> int:
+def common_split(activations: Sequence[Activations]) -> int:
     splits = {one.split for one in activations}
     if not splits:
         raise RecordError("training: expected at least one record with a response")
@@ -132,18 +302,91 @@ def _common_split(activations: Sequence[Activations]) -> int:
     return splits.pop()
 
 
-def _nats(top: Any, part: Sequence[Activations]) -> torch.Tensor:
-    """Return the summed loss of all response tokens, a scalar; `top` is the module of the upper layers, plain or with LoRA."""
+def _nats_of(top: Any, part: Sequence[Activations]) -> float:
     import torch
+
+    with torch.inference_mode():
+        return float(response_nats(top, part))
+
+
+def response_nats(top: Any, part: Sequence[Activations]) -> torch.Tensor:
+    """Return the summed loss of all response tokens, a scalar; `top` is the module of the upper layers, plain or with LoRA."""
     import torch.nn.functional as F
 
+    return F.cross_entropy(top.lm_head(response_states(top, part)).float(), response_tokens(part).to(top.device), reduction="sum")
+
+
+def response_tokens(part: Sequence[Activations]) -> torch.Tensor:
+    """Return the tokens of all responses, one behind the other."""
+    import torch
+
+    return torch.tensor([token for one in part for token in one.encoded.tokens[one.encoded.response_start :]])
+
+
+def response_states(top: Any, part: Sequence[Activations]) -> torch.Tensor:
+    """Return the final states (tokens, width) that predict the response tokens of some records."""
+    import torch
+
     lengths = [len(one.encoded.tokens) for one in part]
-    hidden = torch.zeros(len(part), max(lengths), part[0].hidden.shape[1], dtype=top.lm_head.weight.dtype)
+    hidden = torch.zeros(len(part), max(lengths), part[0].hidden.shape[1], dtype=top.lm_head.weight.dtype, device=top.lm_head.weight.device)
     for row, one in enumerate(part):
         hidden[row, : lengths[row]] = one.hidden
     # No mask: padding is on the right and attention looks to the left.
-    states = top.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
-    # Logits only where a response token is predicted: at 49,152 logits a token the head is the most expensive layer otherwise.
-    wanted = torch.cat([states[row, one.encoded.response_start - 1 : lengths[row] - 1] for row, one in enumerate(part)])
-    target = torch.tensor([token for one in part for token in one.encoded.tokens[one.encoded.response_start :]])
-    return F.cross_entropy(top.lm_head(wanted).float(), target, reduction="sum")
+    if top.config.model_type != "llama":  # other families' layers are not taken apart
+        whole = top.base_model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return torch.cat([whole[row, one.encoded.response_start - 1 : lengths[row] - 1] for row, one in enumerate(part)])
+    turns = top.model.rotary_emb(hidden, torch.arange(max(lengths), device=hidden.device)[None])
+    *lower, last = top.model.layers
+    for block in lower:
+        hidden = block(hidden, position_embeddings=turns)
+    # Of the last layer, and later of the head with its 49,152 logits a token, only the positions that predict a response are computed.
+    wanted = torch.cat([
+        _last_layer(last, hidden[row, : lengths[row]], (turns[0][0], turns[1][0]), one.encoded.response_start - 1)
+        for row, one in enumerate(part)
+    ])  # fmt: skip
+    states: torch.Tensor = top.model.norm(wanted)
+    return states
+
+
+HEAD_ROWS = 32  # tokens in one product with the head, always: another shape would change the last bits of every row
+
+
+def head_slopes(head: torch.Tensor, states: torch.Tensor, targets: torch.Tensor, pool: Executor) -> torch.Tensor:
+    """Return the gradient of each token's loss with respect to its final state (tokens, width), each row a function of its own.
+
+    The head is read once for many records: for a short response alone, reading its 113 MB is most of the work.
+    """
+    import torch
+
+    def slopes(start: int) -> torch.Tensor:
+        part = states[start : start + HEAD_ROWS]
+        block = torch.zeros(HEAD_ROWS, states.shape[1], dtype=states.dtype, device=states.device)
+        block[: len(part)] = part
+        errors = torch.softmax((block @ head.T).float(), dim=1)
+        errors[torch.arange(len(part)), targets[start : start + HEAD_ROWS]] -= 1
+        return (errors.to(head.dtype) @ head)[: len(part)]
+
+    return torch.cat(list(pool.map(slopes, range(0, len(states), HEAD_ROWS))))
+
+
+def _last_layer(block: Any, hidden: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], begin: int) -> torch.Tensor:
+    """Return the outputs of a Llama layer for the positions from `begin` to the last but one; keys and values come from all before."""
+    import torch
+    import torch.nn.functional as F
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    end = len(hidden) - 1
+    attention, hidden = block.self_attn, hidden[:end]
+    normed = block.input_layernorm(hidden)
+    cos, sin = turns[0][:end], turns[1][:end]
+
+    def heads(states: torch.Tensor) -> torch.Tensor:
+        return states.view(1, len(states), -1, attention.head_dim).transpose(1, 2)
+
+    queries, keys, values = (heads(project(normed)) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+    queries, keys = apply_rotary_pos_emb(queries, keys, cos[None], sin[None])
+    sees = torch.ones(end, end, dtype=torch.bool, device=hidden.device).tril()[begin:]
+    mixed = F.scaled_dot_product_attention(queries[:, :, begin:], keys, values, attn_mask=sees, enable_gqa=True)
+    after = hidden[begin:] + attention.o_proj(mixed.transpose(1, 2).reshape(end - begin, -1))
+    out: torch.Tensor = after + block.mlp(block.post_attention_layernorm(after))
+    return out

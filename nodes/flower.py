@@ -6,17 +6,20 @@ Whoever runs the SuperLink can push code to a SuperNode, so nothing that this pr
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from nodes.guard import Order, reach
-from protocol.codec import parse_decimal
+from nodes.guard import Order, Reachable, reach
+from protocol.codec import parse_decimal, parse_limit
+from protocol.errors import FormatError
 from protocol.privacy import Guarantee
 
 client = ClientApp()
 
+SOCKETS = "VEILMART_GUARD_SOCKETS"
 CLIENT_APP_RAISED = 2  # flwr's ErrorCode for an exception in a ClientApp
 Handler = Callable[[Message, Context], Message]
 
@@ -37,13 +40,28 @@ def sanitised(handler: Handler) -> Handler:
     return run
 
 
+def guard_of(context: Context) -> Reachable:
+    """Return the guard of the node that a message is for: as its SuperNode was told, or by number in Flower's simulation engine.
+
+    The simulation engine gives a node its number alone; whoever starts it names the folder of sockets in the environment.
+    """
+    if "guard" in context.node_config:
+        return reach(str(context.node_config["guard"]))
+    return reach(f"unix:{os.environ[SOCKETS]}/{int(context.node_config['partition-id'])}")
+
+
 @client.train()  # type: ignore[untyped-decorator]
 @sanitised
 def train(message: Message, context: Context) -> Message:
     """Queue a request at the guard and acknowledge it; nothing is computed while the caller waits."""
     asked = message.content["request"]
     guarantee = Guarantee(parse_decimal(str(asked["epsilon"]), "epsilon"), parse_decimal(str(asked["delta"]), "delta"))
-    reach(str(context.node_config["guard"])).request(Order(guarantee))
+    map_id = asked.get("map-id", b"")  # absent: whichever map the guard has
+    if not isinstance(map_id, bytes):
+        raise FormatError("map-id: expected bytes")
+    guard_of(context).request(
+        Order(guarantee, map_id, epsilon_adapter=parse_limit(str(asked.get("epsilon-adapter", "")), "epsilon-adapter"))
+    )
     return Message(RecordDict(), reply_to=message)
 
 
@@ -51,5 +69,5 @@ def train(message: Message, context: Context) -> Message:
 @sanitised
 def specify(message: Message, context: Context) -> Message:
     """Answer the stored envelope, or an empty one: the constant "not available"."""
-    envelope = reach(str(context.node_config["guard"])).collect() or b""
+    envelope = guard_of(context).collect() or b""
     return Message(RecordDict({"release": ConfigRecord({"envelope": envelope})}), reply_to=message)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -21,6 +22,14 @@ from flwr.supercore.task_identity import TaskIdentity
 
 FIRST_NODE_ID = 1000
 NODE_UNAVAILABLE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """How many messages were delivered, and the seconds of a thread that it took to handle them."""
+
+    messages: int = 0
+    seconds: float = 0.0
 
 
 class InProcessGrid(Grid):  # type: ignore[misc]  # flwr is not followed by the type checker
@@ -39,6 +48,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]  # flwr is not followed by the 
         self._pending: dict[str, Future[Message]] = {}
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
+        self.traffic = Traffic()
 
     @property
     def run(self) -> Run:
@@ -76,7 +86,10 @@ class InProcessGrid(Grid):  # type: ignore[misc]  # flwr is not followed by the 
         context = self._contexts.get(message.metadata.dst_node_id)
         if context is None:
             return Message(Error(NODE_UNAVAILABLE, "node unavailable"), reply_to=message)
+        start = time.thread_time()
         reply: Message = self._app(message, context)
+        with self._lock:
+            self.traffic = Traffic(self.traffic.messages + 1, self.traffic.seconds + time.thread_time() - start)
         return reply
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -104,10 +117,11 @@ class InProcessGrid(Grid):  # type: ignore[misc]  # flwr is not followed by the 
 
 def run_campaign(
     server: ServerApp, app: ClientApp, node_configs: Sequence[Mapping[str, str]], run_config: Mapping[str, str | int | float]
-) -> None:
-    """Run one campaign of a ServerApp over nodes of this process."""
+) -> Traffic:
+    """Run one campaign of a ServerApp over nodes of this process; return how many messages it took."""
     grid = InProcessGrid(app, node_configs)
     try:
         server(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=dict(run_config)))
     finally:
         grid.close()
+    return grid.traffic

@@ -6,37 +6,47 @@ owner's own loop (`work`); `collect` returns stored bytes or nothing.  No reason
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import math
+import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nodes.base_model import SPLIT_LAYER
-from nodes.ledger import DEFAULT_POPULATION, Budget, Ledger, Price, not_compared, specification_charge
+from nodes.activations import MEMORY_BYTES, cached_pass
+from nodes.finetune import HeldOut, Recipe
+from nodes.ledger import DEFAULT_POPULATION, Budget, Charge, Ledger, Price, not_compared, specification_charge
+from nodes.machine import out_of_memory_is
 from nodes.populations import claim, digests_of, require_unclaimed
+from nodes.private_training import PrivateRecipe
 from nodes.records import OwnedRecords, Record, digest_of, read_owned_records
+from nodes.succession import keys_before
 from protocol.codec import domain_tag, format_decimal
-from protocol.errors import RecordError, UsageError, VeilmartError
+from protocol.errors import IncompatibleSpecification, RecordError, TrainingFailed, UsageError, VeilmartError
 from protocol.features import EmbeddingKind, FeatureMap
 from protocol.hazmat.noise import NoiseSource
 from protocol.keys import signing_key, write_durably
-from protocol.privacy import RECORD, Guarantee, PrivacyUnit, noise_variance
+from protocol.privacy import NOT_PRIVATE, RECORD, AdapterGuarantee, Guarantee, PrivacyUnit, PrivateTraining, noise_variance
 from protocol.release import SIGNATURE_BYTES, AdapterReference, Card, Release, open_envelope, sign_release
 from protocol.specification import NORM_SQUARED, Specification, estimate, quantise, quantise_units
 
 if TYPE_CHECKING:
+    from nodes.answerer import Answerer
     from nodes.base_model import Activations, BaseModel, Embedding
-    from nodes.finetune import Recipe
+    from nodes.policy import RelayRules
 
 Progress = Callable[[str, int, int], None]  # stage, done, all
 RECORDS_AT_ONCE = 32
+WORKING_BYTES = 400 << 20  # of one step: graphs of a few dozen records, and a block of logits
 
 
 class Embed(Protocol):
@@ -73,6 +83,9 @@ class Order:
     """What may be asked for.  The unit of the guarantee is the owner's to declare: the guard puts its policy's in its place."""
 
     guarantee: Guarantee
+    map_id: bytes = b""  # empty: the guard's, whichever it is
+    occasion: int = 0  # of the owner's schedule: each is a release of its own, whether or not the data changed; orders of others have 0
+    epsilon_adapter: float | None = None  # the largest that the adapter may have; None: whatever the owner's policy makes
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +106,7 @@ class Plan:
     noise_std: float  # on the integer grid
     integers: int
     trains_adapter: bool
+    adapter_guarantee: AdapterGuarantee  # of the adapter, where there is one
     stored: bool  # paid before: the stored bytes would be sent again, and nothing would be charged
     release: Release  # what would be sent, with zeros where noisy sums would stand and, for an adapter, a digest of zeros
 
@@ -100,6 +114,31 @@ class Plan:
     def release_bytes(self) -> int:
         """Size of the signed release, up to the digits of numbers that are not known yet."""
         return len(self.release.body) + SIGNATURE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """What a training needs and costs: shown to the owner before anything is computed."""
+
+    records: int
+    units: int
+    tokens: int
+    first_layer: int
+    last_layer: int
+    steps: int
+    memory_bytes: int  # roughly, at its largest
+    disk_bytes: int  # of states, while it runs
+    guarantee: AdapterGuarantee
+    price: Price
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """An adapter that was trained, and what the owner may know of it."""
+
+    reference: AdapterReference
+    file: Path
+    losses: tuple[HeldOut, ...]  # empty with a guarantee: a loss on private records is not covered by it
 
 
 def map_alone(feature_map: FeatureMap, embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -124,7 +163,8 @@ class Guard:
     home: folder of keys, ledger and adapters.  noise: operating-system noise, or a seeded source in a simulation, which stamps
     its releases `simulated`.  recipe: how the adapter is trained, or None for a specification alone.  embed: how embeddings are made
     where no adapter is trained (default: the model's `embed_alone`); a simulation passes one that remembers.  claims: the list of what
-    the populations of one home were charged for (default: one of this guard alone).
+    the populations of one home were charged for (default: one of this guard alone).  encoder: the model that the map was fitted with,
+    where the adapter's base model is another one.  workers: threads that compute; changes nothing but time.
     """
 
     def __init__(
@@ -137,18 +177,25 @@ class Guard:
         noise: NoiseSource,
         *,
         policy: Policy | None = None,
-        recipe: Recipe | None = None,
+        recipe: Recipe | PrivateRecipe | None = None,
         limit: int | None = None,
         embed: Embed | None = None,
-        split: int = SPLIT_LAYER,
+        split: int | None = None,
         claims: Path | None = None,
+        encoder: BaseModel | None = None,
+        workers: int = 2,
         on_progress: Progress = ignore_progress,
     ) -> None:
-        model.admit_map(feature_map)
+        encoder = encoder or model
+        encoder.admit_map(feature_map)
         self._home, self._data, self._card, self._model, self._map = home, data, card, model, feature_map
         self._noise, self._recipe, self._limit, self._on_progress = noise, recipe, limit, on_progress
-        self._embed, self._split = embed or model.embed_alone, split
+        self._encoder, self._embed = encoder, embed or partial(encoder.embed_alone, workers=workers)
+        self._split, self._workers = split or model.split, workers
         self.policy = policy or Policy()
+        if (private := self._private) is not None:  # its adapter is smaller, so the same pass runs on to a higher layer
+            self._recipe = replace(private, guarantee=replace(private.guarantee, unit=self.policy.unit))
+            self._split = model.layers - private.layers
         self._claims = claims or home / "claims.db"
         self._ledger = Ledger.open(home / "ledger.db", self.policy.budget, self.policy.population, self.policy.unit)
         key = home / "owner.key"
@@ -158,6 +205,7 @@ class Guard:
         self._ledger.require_owner(self.owner)
         self._queue: deque[Order] = deque()
         self._lock = threading.Lock()
+        self.losses: list[HeldOut] = []  # of training without a guarantee; for the owner; never sent
         self.failures: list[VeilmartError] = []  # for the owner; never sent
 
     # What others may call ------------------------------------------------------------------------------------------
@@ -181,11 +229,14 @@ class Guard:
 
         Orders come from others, so they can cause the first release and nothing after it: a data file that changed does not make them
         draw again (that would tell that it changed), and whoever asks with ever new numbers cannot spend the budget.
+        An order with an occasion is the owner's own, from the schedule.
         """
         while self._queue:
             order = self._queue.popleft()
             try:
-                if self._ledger.latest() is None:
+                if order.occasion:
+                    self.release(order)
+                elif self._ledger.latest() is None:
                     self._require_orderly(order)
                     self.release(order, first_only=True)
             except VeilmartError as error:
@@ -200,12 +251,12 @@ class Guard:
         require_unclaimed(self._claims, self.policy.population, digests_of(owned))
         variance = noise_variance(guarantee, NORM_SQUARED)
         nothing = Specification(self._map.map_id, np.zeros(self._map.dimension + 1, np.int32), variance, guarantee)
-        adapter = AdapterReference(bytes(32), 1) if self._recipe is not None else None
+        adapter = AdapterReference(bytes(32), 1, self._promise) if self._recipe is not None else None
         number, previous = self._ledger.next_release()
-        stored = self._ledger.stored(self._request_digest(owned, guarantee)) is not None
+        stored = self._ledger.stored(self._request_digest(owned, guarantee, order.occasion)) is not None
         return Plan(
-            len(owned.records), owned.unit_count, self._ledger.price(specification_charge(guarantee)), variance**0.5,
-            self._map.dimension + 1, self._recipe is not None, stored, self._release(number, previous, nothing, adapter),
+            len(owned.records), owned.unit_count, self._ledger.price(self._charge(guarantee, owned)), variance**0.5,
+            self._map.dimension + 1, self._recipe is not None, self._promise, stored, self._release(number, previous, nothing, adapter),
         )  # fmt: skip
 
     def price(self, guarantee: Guarantee) -> Price:
@@ -214,17 +265,35 @@ class Guard:
 
     def require_current(self, envelopes: Sequence[bytes]) -> None:
         """Raise LedgerBehind if the market holds a release of this owner, among these envelopes, that the ledger does not know."""
-        self._ledger.require_current([release for release in map(open_envelope, envelopes) if release.owner == self.owner])
+        self._ledger.require_current([release for release in map(open_envelope, envelopes) if release.owner in self.owners])
 
     @property
     def owner(self) -> bytes:
         """The owner's public key."""
         return self._key.public_key().public_bytes_raw()
 
+    @property
+    def owners(self) -> tuple[bytes, ...]:
+        """The owner's public key, and those that it had before."""
+        return (self.owner, *keys_before(self._home, self.owner))
+
+    @property
+    def serves(self) -> tuple[str, bytes]:
+        """Ids of the base model and of the map."""
+        return self._model.model_id, self._map.map_id
+
+    def answerer(self, rules: RelayRules) -> Answerer:
+        """Return what answers relayed questions with this owner's adapters, under its key."""
+        from nodes.answerer import Answerer
+
+        return Answerer(self._key, self._model, rules, self.adapter_file)
+
     def _stated(self, order: Order) -> Guarantee:
         return replace(order.guarantee, unit=self.policy.unit)
 
     def _require_orderly(self, order: Order) -> None:
+        if order.map_id not in (b"", self._map.map_id):
+            raise IncompatibleSpecification(f"map: expected {self._map.map_id.hex()[:16]}, got {order.map_id.hex()[:16]}")
         if order.guarantee.epsilon < self.policy.smallest_epsilon:
             raise UsageError(
                 f"epsilon: expected an order of at least {self.policy.smallest_epsilon:g}, got {order.guarantee.epsilon:g}",
@@ -233,6 +302,15 @@ class Guard:
         # An order with a delta of its choice would be refused exactly where delta is not below 1/n: a way to measure the exact n.
         if order.guarantee.delta != self.policy.budget.delta:
             raise UsageError(f"delta: an order may ask for the policy's {self.policy.budget.delta:g} only, got {order.guarantee.delta:g}")
+        if order.epsilon_adapter is not None and self._recipe is not None:
+            # The owner's policy says how an adapter is made.  An order may decline what that gives, and never ask for more.
+            private = self._private
+            if private is None or private.guarantee.epsilon > order.epsilon_adapter:
+                made = "one without a guarantee" if private is None else f"epsilon {private.guarantee.epsilon:g}"
+                raise UsageError(
+                    f"epsilon of the adapter: an order asks for at most {order.epsilon_adapter:g}, the policy makes {made}",
+                    hint="the owner's policy sets it (`veilmart node up --epsilon-adapter`)",
+                )
 
     def _admit(self, guarantee: Guarantee) -> OwnedRecords:
         if guarantee.epsilon > self.policy.largest_epsilon:
@@ -264,15 +342,16 @@ class Guard:
             owned = self._admit(guarantee)
             digests = digests_of(owned)
             require_unclaimed(self._claims, self.policy.population, digests)
-            request = self._request_digest(owned, guarantee)
+            request = self._request_digest(owned, guarantee, order.occasion)
             stored = self._ledger.stored(request)
             if stored is not None:
                 return stored
             if not self._ledger.compared:
                 raise not_compared()
-            charge = specification_charge(guarantee)
-            self._ledger.price(charge).require()  # a refusal costs no work; `charge` decides again
-            embedding, activations = self._one_pass(owned.records)
+            self._ledger.price(self._charge(guarantee, owned)).require()  # a refusal costs no work; `charge` decides again
+            claim(self._claims, self.policy.population, digests)  # before anything is charged
+            with out_of_memory_is(_no_memory):
+                embedding, activations = self._one_pass(owned.records)
             usable = np.isfinite(embedding).all(axis=(1, 2))
             if not usable.all():
                 raise RecordError(
@@ -281,7 +360,8 @@ class Guard:
                 )
             features = map_alone(self._map, embedding)
             vectors = quantise(features) if owned.units is None else quantise_units(features, owned.units)
-            adapter = self._train(activations) if self._recipe is not None else None
+            with out_of_memory_is(_no_memory):
+                adapter = self._train(owned, activations) if self._recipe is not None else None
 
             def make(number: int, previous: bytes) -> tuple[bytes, bytes]:
                 # Noise is drawn here and nowhere else: inside the transaction that charges for it.
@@ -289,8 +369,65 @@ class Guard:
                 release = self._release(number, previous, specification, adapter)
                 return release.release_id, sign_release(release, self._key)
 
-            claim(self._claims, self.policy.population, digests)
-            return self._ledger.charge(request, charge, make, first_only=first_only)
+            return self._ledger.charge(request, specification_charge(guarantee), make, first_only=first_only)
+
+    def training_plan(self) -> TrainingPlan:
+        """Return what `train` would need and cost; nothing is computed or charged."""
+        if self._recipe is None:
+            raise UsageError("train: expected a recipe")
+        owned = read_owned_records(self._data, self.policy.minimum_records, self._limit, self.policy.unit)
+        require_unclaimed(self._claims, self.policy.population, digests_of(owned))
+        tokens = sum(len(self._model.encode(record).tokens) for record in owned.records)
+        states = tokens * self._model.width * self._model.dtype.itemsize
+        steps = self._recipe.steps if isinstance(self._recipe, PrivateRecipe) else self._recipe.steps_for(len(owned.records))
+        memory = self._model.size_bytes + self._model.upper_bytes(self._split) + min(states, MEMORY_BYTES) + WORKING_BYTES
+        return TrainingPlan(
+            len(owned.records), owned.unit_count, tokens, self._split, self._model.layers - 1, steps, memory,
+            states if states > MEMORY_BYTES else 0, self._promise, self._ledger.price(self._training_charge(owned)),
+        )  # fmt: skip
+
+    def train(self) -> Trained:
+        """Return the adapter of the owner's records: trained before under this recipe, or now; nothing is released.
+
+        A private training is charged here, once; a release of the same records under the same recipe uses its adapter.
+        Raises what `release` raises, and UsageError where the guard has no recipe.
+        """
+        with self._lock:
+            if self._recipe is None:
+                raise UsageError("train: expected a recipe")
+            owned = read_owned_records(self._data, self.policy.minimum_records, self._limit, self.policy.unit)
+            digests = digests_of(owned)
+            require_unclaimed(self._claims, self.policy.population, digests)
+            if self._private is not None:
+                self._ledger.price(self._training_charge(owned)).require()
+                claim(self._claims, self.policy.population, digests)
+            activations: list[Activations] = []
+            with out_of_memory_is(_no_memory):
+                if self._ledger.trained(self._training_digest(owned)) is None:
+                    activations = self._prefix(owned.records)
+                reference = self._train(owned, activations)
+            return Trained(reference, self._home / "adapters" / f"{reference.digest.hex()}.safetensors", tuple(self.losses))
+
+    @property
+    def _private(self) -> PrivateRecipe | None:
+        """The recipe, where it is one with a guarantee."""
+        return self._recipe if isinstance(self._recipe, PrivateRecipe) else None
+
+    @property
+    def _promise(self) -> AdapterGuarantee:
+        private = self._private
+        return NOT_PRIVATE if private is None else PrivateTraining(private.guarantee, private.event)
+
+    def _training_charge(self, owned: OwnedRecords) -> Charge:
+        """Return what training would be charged as: nothing without a guarantee, or where it was charged before."""
+        private = self._private
+        if private is None or self._ledger.charged(self._training_digest(owned)):
+            return Charge((), self.policy.budget.delta)
+        return Charge((private.event,), private.guarantee.delta)
+
+    def _charge(self, guarantee: Guarantee, owned: OwnedRecords) -> Charge:
+        training = self._training_charge(owned)
+        return Charge((*specification_charge(guarantee).events, *training.events), min(guarantee.delta, training.delta))
 
     def _release(self, number: int, previous: bytes, specification: Specification, adapter: AdapterReference | None) -> Release:
         base_model = bytes.fromhex(self._model.model_id)
@@ -304,36 +441,110 @@ class Guard:
         def report(done: int, of: int) -> None:
             self._on_progress("embed", done, of)
 
-        if self._recipe is None:
-            return self._embed(records, layer=self._map.layer, kind=self._map.embedding, on_progress=report), []
-        if self._map.embedding is EmbeddingKind.HIDDEN_STATES:
-            return self._model.prefix_pass(records, self._split, layer=self._map.layer, on_progress=report)
+        if self._recipe is not None and self._encoder is self._model and self._map.embedding is EmbeddingKind.HIDDEN_STATES:
+            return cached_pass(self._model, records, self._split, self._map.layer, self._home / "training", report, workers=self._workers)
         embedding = self._embed(records, layer=self._map.layer, kind=self._map.embedding, on_progress=report)
-        return embedding, self._model.prefix_pass(records, self._split, on_progress=report)[1]
+        return embedding, [] if self._recipe is None else self._prefix(records)
 
-    def _train(self, activations: list[Activations]) -> AdapterReference:
+    def _prefix(self, records: Sequence[Record]) -> list[Activations]:
+        def report(done: int, of: int) -> None:
+            self._on_progress("prefix", done, of)
+
+        return cached_pass(self._model, records, self._split, self._split, self._home / "training", report, workers=self._workers)[1]
+
+    def _train(self, owned: OwnedRecords, activations: list[Activations]) -> AdapterReference:
+        """Return the adapter of a training, the one that was made before or a new one.
+
+        Charge, draws, note, file: a private training is charged before its first draw, and only one adapter is ever made for a charge.
+        An interrupted one goes on from its checkpoint; what it drew after that was seen by nobody, so it may be drawn again.
+        """
+        request, folder = self._training_digest(owned), self._home / "training"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with alone(folder / f"{request.hex()}.lock"):
+            digest = self._ledger.trained(request)
+            if digest is None:
+                digest = self._train_anew(owned, activations, request, folder / f"{request.hex()}.state")
+            file = self._home / "adapters" / f"{digest.hex()}.safetensors"
+            if not file.is_file():
+                raise UsageError(
+                    f"{file}: the adapter of these records is not there any more",
+                    hint="its charge paid for one adapter: bring the file back, or change the recipe and pay again",
+                )
+            return AdapterReference(digest, file.stat().st_size, self._promise)
+
+    def _train_anew(self, owned: OwnedRecords, activations: list[Activations], request: bytes, checkpoint: Path) -> bytes:
         from nodes.finetune import finetune
 
-        assert self._recipe is not None
-        adapter = finetune(self._model, activations, self._recipe, on_progress=lambda done, of: self._on_progress("train", done, of))
+        def report(done: int, of: int) -> None:
+            self._on_progress("train", done, of)
+
+        private = self._private
+        if private is not None:
+            from nodes.private_training import finetune_privately
+
+            self._ledger.charge_training(request, Charge((private.event,), private.guarantee.delta))
+            adapter = finetune_privately(
+                self._model, activations, private, report, units=owned.units, checkpoint=checkpoint, workers=self._workers
+            )
+        else:
+            assert isinstance(self._recipe, Recipe)
+            adapter = finetune(
+                self._model, activations, self._recipe, report, workers=self._workers, checkpoint=checkpoint, on_loss=self.losses.append
+            )
         data = adapter.to_bytes()
         digest = hashlib.sha256(data).digest()
         write_durably(self._home / "adapters" / f"{digest.hex()}.safetensors", data)
-        return AdapterReference(digest, len(data))
+        self._ledger.note_trained(request, digest)
+        checkpoint.unlink(missing_ok=True)
+        return digest
 
-    def _request_digest(self, owned: OwnedRecords, guarantee: Guarantee) -> bytes:
-        """What makes two requests the same: data, units, map, base model, mechanism, recipe and card."""
+    def _training_digest(self, owned: OwnedRecords) -> bytes:
+        """What makes two trainings the same: records, units, base model, split and recipe."""
+        parts = [digest_of(owned.records), bytes.fromhex(self._model.model_id), str(self._split).encode(), repr(self._recipe).encode()]
+        return _digest_of("training", [*parts, *_unit_parts(self.policy.unit, owned)])
+
+    def _request_digest(self, owned: OwnedRecords, guarantee: Guarantee, occasion: int) -> bytes:
+        """What makes two requests the same: data, units, map, base model, mechanism, recipe and card; of a schedule, the occasion alone.
+
+        An occasion is one release.  The order for it may come a second time, after a crash, when the data are others.
+        """
+        mechanism = [format_decimal(guarantee.epsilon).encode(), format_decimal(guarantee.delta).encode()]
+        if occasion:
+            return _digest_of("request", [*mechanism, f"occasion {occasion}".encode()])
         parts = [
-            digest_of(owned.records), self._map.map_id, bytes.fromhex(self._model.model_id),
-            format_decimal(guarantee.epsilon).encode(), format_decimal(guarantee.delta).encode(),
+            digest_of(owned.records), self._map.map_id, bytes.fromhex(self._model.model_id), *mechanism,
             repr(self._recipe).encode(), repr(self._card).encode(),
         ]  # fmt: skip
-        if owned.units is not None:
-            parts += [str(guarantee.unit).encode(), *(unit.encode() for unit in owned.units)]
-        digest = hashlib.sha256(domain_tag("request", 1))
-        for part in parts:
-            digest.update(len(part).to_bytes(8, "little") + part)
-        return digest.digest()
+        return _digest_of("request", [*parts, *_unit_parts(guarantee.unit, owned)])
+
+
+def _no_memory() -> TrainingFailed:
+    return TrainingFailed(
+        "guard: out of memory",
+        hint="what is done is kept and paid once: free some and run it again (`veilmart node train --dry-run` says how much it needs)",
+    )
+
+
+def _unit_parts(unit: PrivacyUnit, owned: OwnedRecords) -> list[bytes]:
+    return [] if owned.units is None else [str(unit).encode(), *(value.encode() for value in owned.units)]
+
+
+def _digest_of(kind: str, parts: list[bytes]) -> bytes:
+    digest = hashlib.sha256(domain_tag(kind, 1))
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Hold a file's lock: two processes of one home never train for one charge at once."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Reachable(Protocol):
@@ -354,5 +565,9 @@ def serve_in_process(name: str, guard: Reachable) -> str:
 
 
 def reach(address: str) -> Reachable:
-    """Return the guard at an address; only guards of this process have one so far."""
+    """Return the guard at an address: unix:PATH, or local:NAME in this process."""
+    if address.startswith("unix:"):
+        from nodes.guard_service import SocketGuard
+
+        return SocketGuard(address)
     return _LOCAL_GUARDS[address.removeprefix("local:")]

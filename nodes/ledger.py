@@ -2,6 +2,8 @@
 
 One ledger belongs to one *population* and one privacy unit for life.  It covers every file, map, specification and adapter made from
 that population; adding a record opens no new budget.
+Training takes minutes and sends nothing, so its charge is a transaction of its own, before the first draw; the adapter it paid for is
+noted when it is done, and is the only one that this charge will ever give.
 Order is part of the protocol (docs/protocol.md 4.4): admission, noise, then *one* commit that holds the charge and the noisy bytes, and
 only then may anything be sent.  A crash before the commit leaves neither; a crash after it re-sends the stored bytes.
 
@@ -13,6 +15,7 @@ restoring a backup: the market's list of releases does (`require_current`, `abso
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from nodes.succession import keys_before
 from protocol.codec import canonical_json, domain_tag, format_decimal
 from protocol.errors import BudgetSpent, FormatError, LedgerBehind, LedgerDamaged, PopulationConflict, UsageError
 from protocol.privacy import (
@@ -32,13 +36,14 @@ from protocol.privacy import (
     Gaussian,
     Guarantee,
     PrivacyUnit,
+    PrivateTraining,
     event_from_plain,
     event_to_plain,
     ledger_epsilon,
     noise_variance,
     specification_event,
 )
-from protocol.release import Release, open_envelope
+from protocol.release import AdapterReference, Release, open_envelope
 from protocol.specification import NORM_SQUARED
 
 POPULATION = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -61,14 +66,19 @@ CREATE TABLE IF NOT EXISTS entry (
     delta TEXT NOT NULL,
     origin TEXT NOT NULL,                -- drawn: made here; market: charged again from the market's list
     release_id BLOB NOT NULL,
-    envelope BLOB NOT NULL,              -- the signed release that this charge paid for
+    envelope BLOB NOT NULL,              -- the signed release that this charge paid for; empty for a training
     hash BLOB NOT NULL
+) STRICT""",
+    """
+CREATE TABLE IF NOT EXISTS trained (
+    request BLOB PRIMARY KEY,            -- of a training that is done
+    digest BLOB NOT NULL                 -- of the one adapter that its charge paid for
 ) STRICT""",
 )
 # Only in a backup: what its population claimed, so that a restored home still refuses the same record under another population.
 CLAIMED = "CREATE TABLE IF NOT EXISTS claimed (digest BLOB PRIMARY KEY) STRICT, WITHOUT ROWID"
 # A release of the market wins over one of the same number that was drawn here after a restore and can never be published.
-NEWEST = "ORDER BY release_number DESC, origin = 'market' DESC, number DESC LIMIT 1"
+NEWEST = "WHERE envelope != x'' ORDER BY release_number DESC, origin = 'market' DESC, number DESC LIMIT 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +103,30 @@ class Charge:
 def specification_charge(guarantee: Guarantee) -> Charge:
     """Return the charge of a specification alone, under this guarantee."""
     return Charge((specification_event(noise_variance(guarantee, NORM_SQUARED), NORM_SQUARED),), guarantee.delta)
+
+
+def release_charge(release: Release) -> Charge:
+    """Return the charge of everything that a release gives away under a guarantee: its specification, and a private adapter."""
+    events: tuple[Event, ...] = (specification_event(release.specification.noise_variance, NORM_SQUARED),)
+    delta = release.specification.guarantee.delta
+    if release.adapter is not None and isinstance(trained := release.adapter.guarantee, PrivateTraining):
+        events, delta = (*events, trained.event), min(delta, trained.guarantee.delta)
+    return Charge(events, delta)
+
+
+def epsilon_of(adapter: AdapterReference | None) -> str | float | None:
+    """Return an adapter's epsilon as people are shown it: a number, "none" without a guarantee, nothing without an adapter."""
+    if adapter is None:
+        return None
+    return adapter.guarantee if isinstance(adapter.guarantee, str) else adapter.guarantee.guarantee.epsilon
+
+
+def total_of(release: Release) -> str | float:
+    """Return what a release's specification and adapter say together: an epsilon, or "unbounded"."""
+    if release.adapter is None:
+        return release.specification.guarantee.epsilon
+    charge = release_charge(release)
+    return "unbounded" if isinstance(release.adapter.guarantee, str) else ledger_epsilon(charge.events, charge.delta)
 
 
 class Rule(StrEnum):
@@ -133,6 +167,7 @@ class Origin(StrEnum):
     """Where an entry came from."""
 
     DRAWN = "drawn"
+    TRAINED = "trained"  # a training: no release of its own
     MARKET = "market"
 
 
@@ -231,6 +266,16 @@ class Ledger:
             found = db.execute(f"SELECT envelope FROM entry {NEWEST}").fetchone()
         return bytes(found[0]) if found else None
 
+    def released(self, release_id: str | None = None) -> tuple[str, bytes] | None:
+        """Return id and envelope of the newest release, or of the one with this id, if it is there."""
+        with self._transaction() as db:
+            if release_id is None:
+                found = db.execute(f"SELECT release_id, envelope FROM entry {NEWEST}").fetchone()
+            else:
+                of = bytes.fromhex(release_id) or None  # a training has no id
+                found = db.execute("SELECT release_id, envelope FROM entry WHERE release_id = ?", (of,)).fetchone()
+        return (bytes(found[0]).hex(), bytes(found[1])) if found else None
+
     def entries(self) -> list[Entry]:
         """Return all entries in the order of the chain; raise LedgerDamaged if the chain does not verify."""
         with self._transaction() as db:
@@ -291,16 +336,48 @@ class Ledger:
             _append(db, number, request, charge, Origin.DRAWN, release_id, envelope)
         return envelope
 
+    def charge_training(self, request: bytes, charge: Charge) -> None:
+        """Charge a training and commit, before anything is drawn for it; one that was charged before is paid for.
+
+        Raises BudgetSpent or LedgerBehind, and then nothing may be drawn.
+        """
+        with self._transaction() as db:
+            _verified(db)
+            if db.execute("SELECT 1 FROM entry WHERE request = ?", (request,)).fetchone():
+                return
+            if not db.execute("SELECT compared FROM ledger").fetchone()[0]:
+                raise not_compared()
+            self._declare(db)
+            self._price(db, charge).require()
+            _append(db, 0, request, charge, Origin.TRAINED, b"", b"")
+
+    def charged(self, request: bytes) -> bool:
+        """Whether this request was charged before."""
+        with self._transaction() as db:
+            return db.execute("SELECT 1 FROM entry WHERE request = ?", (request,)).fetchone() is not None
+
+    def trained(self, request: bytes) -> bytes | None:
+        """Return the digest of the adapter that a training gave, or None if it was not done."""
+        with self._transaction() as db:
+            found = db.execute("SELECT digest FROM trained WHERE request = ?", (request,)).fetchone()
+        return bytes(found[0]) if found else None
+
+    def note_trained(self, request: bytes, digest: bytes) -> None:
+        """Note, durably, that a training is done: before its adapter is shown to anybody, so that no second one is ever made."""
+        with self._transaction() as db:
+            db.execute("INSERT INTO trained VALUES (?, ?)", (request, digest))
+
     # Comparing with the market ---------------------------------------------------------------------------------------
 
     def require_owner(self, owner: bytes | None) -> None:
-        """Raise UsageError unless this public key signed the newest release; None, for no key, passes only where nothing was charged.
+        """Raise UsageError unless this public key, or one before it, signed the newest release.
 
+        None, for no key, passes only where nothing was charged.
         The market is asked for the releases of one owner.  With another key it has none, and an older ledger would look current.
         """
         latest = self.latest()
         signer = open_envelope(latest).owner if latest is not None else owner
-        if signer != owner:
+        if signer != owner and (owner is None or signer not in keys_before(self._path.parent, owner)):
             assert signer is not None
             got = "no key" if owner is None else f"the key of {owner.hex()[:16]}"
             raise UsageError(
@@ -345,8 +422,7 @@ class Ledger:
                         hint="declare the unit of the lost ledger (--unit)",
                     )
             for release in missing:
-                event = specification_event(release.specification.noise_variance, NORM_SQUARED)
-                charge = Charge((event,), release.specification.guarantee.delta)
+                charge = release_charge(release)
                 request = hashlib.sha256(domain_tag("absorbed", 1) + release.release_id).digest()
                 envelope = by_id[release.release_id][1]
                 _append(db, release.release_number, request, charge, Origin.MARKET, release.release_id, envelope)
@@ -377,6 +453,27 @@ class Ledger:
         finally:
             temporary.unlink(missing_ok=True)
         return count
+
+
+@contextmanager
+def in_use(folder: Path, *, alone: bool = False) -> Iterator[None]:
+    """Mark a population's folder as one that a guard draws from, until left.
+
+    Guards share it: the transaction decides between them.  What puts another file in the ledger's place needs it `alone`: a charge that
+    is being committed to the file that was moved away would be lost.  Raises UsageError where the two meet.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(folder / "in-use.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        who = "a guard is using this ledger" if alone else "this ledger is being restored"
+        raise UsageError(f"{folder}: {who}", hint="stop `veilmart node up` first" if alone else "try again when it is done") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)  # and with it the lock
 
 
 def not_compared() -> LedgerBehind:
@@ -431,6 +528,8 @@ def restore(backup: Path, path: Path, population: str, claim: Callable[[Sequence
             copy.execute("DROP TABLE IF EXISTS claimed")
             copy.commit()
         _sync(temporary)
+        if not path.exists():  # of a ledger that was killed and then lost: left behind, it would be played into the restored one
+            path.with_name(path.name + "-journal").unlink(missing_ok=True)
         os.replace(temporary, path)
         _sync(path.parent)
     finally:

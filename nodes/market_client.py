@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from protocol.admission import AdmissionPolicy, admit
+from nodes.membership import Membership
+from protocol.admission import AdmissionPolicy, admit_release
+from protocol.aggregation import Aggregates, open_aggregates, require_honest
 from protocol.catalogue import (
     EMPTY_HEAD,
     MAX_TERMS_BYTES,
@@ -29,24 +32,45 @@ from protocol.catalogue import (
     split_cards,
     verify_head,
 )
+from protocol.certificates import verify_answer
 from protocol.channel import CALL_TIMEOUT_S, CHUNK_BYTES, connect, error_from_status
 from protocol.codec import parse_decimal
+from protocol.conflict import Conflict
 from protocol.encryption import STD128
 from protocol.errors import (
+    AlreadyPublished,
     FormatError,
     IncompatibleSpecification,
     InvalidAdapter,
+    InvalidProof,
     InvalidSignature,
+    MarketUnreachable,
     NotAdmitted,
     NotFound,
     UsageError,
+    VeilmartError,
 )
 from protocol.features import FeatureMap, shipped_map, shipped_maps
 from protocol.keys import write_durably
+from protocol.notices import (
+    MAX_NOTICES_BYTES,
+    Kind,
+    Notice,
+    NoticesHead,
+    open_notice,
+    open_notices,
+    require_listed,
+    require_rightful,
+    taken_back,
+    verify_logged,
+)
+from protocol.organisations import Organisations, open_organisations
 from protocol.proof import AnswerProof, verify_statement
 from protocol.release import MAX_ADAPTER_BYTES, MAX_ENVELOPE_BYTES, AdapterReference, Release, open_envelope
+from protocol.transparency import Checkpoint, Receipt, accept, open_checkpoint, root_of_all, verify_consistency
 from protocol.wire import market_pb2 as pb
 from protocol.wire.market_pb2_grpc import MarketStub
+from protocol.witness import Witness, require_witnessed, require_witnessed_notices
 
 TRANSFER_TIMEOUT_S = 120.0
 MAX_CATALOGUE_BYTES = 1 << 30  # a hostile market could otherwise fill the memory before it shows a signed size
@@ -54,6 +78,7 @@ MAX_TERMS = 1 << 16
 MIN_ENTRY_BYTES = 64  # a signature, or a base model and a guarantee; shorter entries would cost many times their bytes in memory
 MAX_ANSWER_BYTES = 1 << 26  # read of one answer before the call is cancelled, whatever was expected
 PAGES_A_CALL = 64
+MAX_AGGREGATES_BYTES = 4 << 20
 COPY = 2  # form of the local copies, that of the catalogue: those of another lie in another folder and are not read
 Answer = TypeVar("Answer")
 
@@ -67,6 +92,9 @@ class Description:
     simulation: bool
     head: Head
     admission: AdmissionPolicy  # which specifications it says it takes
+    may_publish: bool  # whether the owner that was asked about may
+    witnessed: tuple[bytes, ...] = ()  # the newest note that each witness signed, as the market hands them out; not verified
+    members_port: int = 0  # on the same host: where calls of members are taken; 0: at this one
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +103,7 @@ class Mirror:
 
     catalogue: Catalogue  # under the market's signed head; rows of admitted releases only
     releases: tuple[Release, ...]
+    positions: tuple[int, ...]  # of these releases in the market's catalogue
     refused: tuple[bytes, ...] = ()  # ids of releases that the market holds against its own policy
 
 
@@ -100,21 +129,29 @@ class Traffic:
 
 
 class MarketClient:
-    """A connection to one market.  `home` keeps what was synced before, one folder a market key."""
+    """A connection to one market.  `home` keeps what was synced before, one folder a market key.
 
-    def __init__(self, address: str, ca: Path, home: Path) -> None:
-        self._channel = connect(address, ca)
-        self._stub = MarketStub(self._channel)  # type: ignore[no-untyped-call]  # generated code is not annotated
-        self._home = home / "catalogues"
+    membership: under whose certificate members' calls go out where the market has a port for them; None: under nobody's.
+    """
+
+    def __init__(self, address: str, ca: Path, home: Path, membership: Membership | None = None) -> None:
+        self._address, self.ca, self._membership = address, ca, membership
+        self._channels = [connect(address, ca)]
+        self._stub = MarketStub(self._channels[0])  # type: ignore[no-untyped-call]  # generated code is not annotated
+        self._members_port: int | None = None  # known once the market described itself
+        self._members: tuple[tuple[int, bytes], MarketStub] | None = None  # at which port, under which key and certificate
+        self._home, self._witnesses = home / "catalogues", home / "witnesses"
         # Who holds the authority may issue a new server certificate, but the key that signs the catalogue must stay what it was.
-        self._pin = self._home / f"{hashlib.sha256(ca.read_bytes()).hexdigest()[:32]}.market-key"
+        self._pins = [self._home / f"{authority}.market-key" for authority in _authorities_in(ca.read_bytes())]
+        self._kept_checkpoints = [pin.with_suffix(".checkpoint") for pin in self._pins]
         self.traffic = Traffic()
 
     def __enter__(self) -> MarketClient:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def _call(self, call: Callable[[], Answer]) -> Answer:
         import grpc
@@ -124,32 +161,175 @@ class MarketClient:
         except grpc.RpcError as error:
             raise error_from_status(error) from None
 
-    def describe(self) -> Description:
-        """Return what the market says about itself, its head verified."""
-        answer = self._call(lambda: self._stub.Describe(pb.DescribeRequest(), timeout=CALL_TIMEOUT_S))
+    def describe(self, owner: bytes = b"") -> Description:
+        """Return what the market says about itself, its head verified; `owner`: who asks whether it may publish."""
+        answer = self._call(lambda: self._stub.Describe(pb.DescribeRequest(owner=owner), timeout=CALL_TIMEOUT_S))
         self.traffic.count("describe", 0, answer.ByteSize())
         head = _head(answer.head)
         verify_head(head, answer.market_key)
-        if not self._pin.exists():
-            write_durably(self._pin, answer.market_key, 0o644)
-        elif self._pin.read_bytes() != answer.market_key:
+        pin = _there(self._pins)
+        if pin is not None and pin.read_bytes() != answer.market_key:
             raise InvalidSignature(
-                "market: its catalogue key is another than before", hint=f"if its operator confirms the change, remove {self._pin}"
+                "market: its catalogue key is another than before", hint=f"if its operator confirms the change, remove {pin}"
             )
-        return Description(answer.market_key, tuple(answer.map_ids), answer.simulation, head, _admission(answer.admission))
+        _write_missing(self._pins, bytes(answer.market_key))
+        self._members_port = int(answer.members_port)
+        self._remember(bytes(answer.checkpoint), head, bytes(answer.market_key))
+        witnessed = tuple(bytes(note) for note in answer.witnessed)
+        self._require_witnesses(witnessed, bytes(answer.checkpoint), bytes(answer.market_key))
+        admission = _admission(answer.admission)
+        return Description(
+            answer.market_key, tuple(answer.map_ids), answer.simulation, head, admission, bool(answer.may_publish), witnessed,
+            self._members_port,
+        )  # fmt: skip
 
-    def publish(self, envelope: bytes) -> int:
-        """Publish a release and return its position; idempotent."""
+    def _remember(self, note: bytes, head: Head, market_key: bytes) -> None:
+        """Keep the log's newest checkpoint; raise InvalidProof if the market cannot prove that it only appended to the one kept here."""
+        checkpoint = open_checkpoint(note, market_key)
+        if checkpoint.size != head.size or checkpoint.catalogue != head.digest:
+            raise InvalidProof("checkpoint: expected the catalogue's head in it, got another")
+        known = self.checkpoint(market_key)
+        if known == checkpoint:
+            _write_missing(self._kept_checkpoints, self.checkpoint_note())
+            return
+        proof: list[bytes] = []
+        if known is not None and min(known.size, checkpoint.size) > 0 and known.size != checkpoint.size:
+            proof = self.prove_consistency(*sorted((known.size, checkpoint.size)))
+        try:
+            newer = accept(known, checkpoint, proof)
+        except InvalidProof as error:
+            raise _two_histories("log", str(error)) from None
+        if newer is checkpoint:
+            for path in self._kept_checkpoints:
+                write_durably(path, note, 0o644)
+
+    def _require_witnesses(self, notes: Sequence[bytes], shown: bytes, market_key: bytes) -> None:
+        """Raise InvalidProof unless a witness that this home trusts, if it trusts any, signed the log that is shown."""
+        checkpoint, witnesses = open_checkpoint(shown, market_key), read_witnesses(self._witnesses)
+        if witnesses and checkpoint.size:
+            require_witnessed(notes, witnesses, market_key, checkpoint, self.prove_consistency, time.time())
+
+    def checkpoint(self, market_key: bytes) -> Checkpoint | None:
+        """Return the newest checkpoint of this market that was seen from this home, or None."""
+        return open_checkpoint(self.checkpoint_note(), market_key) if _there(self._kept_checkpoints) else None
+
+    @property
+    def market_key(self) -> bytes | None:
+        """The key that this home knows the market by, or None before the first contact."""
+        pin = _there(self._pins)
+        return pin.read_bytes() if pin is not None else None
+
+    def checkpoint_note(self) -> bytes:
+        """Return the signed note of that checkpoint; raise NotFound if there is none."""
+        path = _there(self._kept_checkpoints)
+        if path is None:
+            raise NotFound("checkpoint: none was seen yet")
+        return path.read_bytes()
+
+    def prove_consistency(self, first: int, second: int) -> list[bytes]:
+        """Return the market's proof that its log of `second` entries begins with that of `first`; not verified."""
+        request = pb.ConsistencyRequest(first=first, second=second)
+        answer = self._call(lambda: self._stub.ProveConsistency(request, timeout=CALL_TIMEOUT_S))
+        self.traffic.count("log", request.ByteSize(), answer.ByteSize())
+        return [bytes(value) for value in answer.hashes]
+
+    def receipt(self, release_id: bytes, index: int) -> Receipt:
+        """Return the receipt of a release that is at `index` of the log, under the newest checkpoint; verified."""
+        market_key, envelope = self.describe().market_key, self.release(release_id)
+        note = self.checkpoint_note()
+        request = pb.InclusionRequest(index=index, size=open_checkpoint(note, market_key).size)
+        answer = self._call(lambda: self._stub.ProveInclusion(request, timeout=CALL_TIMEOUT_S))
+        self.traffic.count("log", request.ByteSize(), answer.ByteSize())
+        receipt = Receipt(envelope, market_key, index, note, tuple(bytes(value) for value in answer.hashes))
+        receipt.verify()
+        return receipt
+
+    def enrol(self, secret: bytes, owner: bytes, supernode_key: str, signature: bytes) -> tuple[str, str, str]:
+        """Return organisation, name of the SuperNode and address of the SuperLink ("": none) of a new member; idempotent."""
+        request = pb.EnrolRequest(secret=secret, owner=owner, supernode_key=supernode_key, signature=signature)
+        answer = self._call(lambda: self._stub.Enrol(request, timeout=TRANSFER_TIMEOUT_S))
+        return answer.organisation, answer.node_name, answer.superlink
+
+    def certify(self, request: bytes) -> tuple[bytes, bytes]:
+        """Return a new certificate of an owner and all authorities of the market, PEM; that its own key signed both is verified."""
+        market_key = self.market_key or self.describe().market_key
+        message = pb.CertifyRequest(request=request)
+        answer = self._call(lambda: self._stub.Certify(message, timeout=CALL_TIMEOUT_S))
+        self.traffic.count("certificate", message.ByteSize(), answer.ByteSize())
+        verify_answer(market_key, request, answer.certificate, answer.authorities, answer.signature)
+        return bytes(answer.certificate), bytes(answer.authorities)
+
+    def _member_stub(self) -> MarketStub:
+        """Return what members' calls go through: the members' port under the owner's certificate, where the market has one."""
+        if self._membership is None:
+            return self._stub
+        if self._members_port is None:
+            self.describe()
+        if not self._members_port:
+            return self._stub
+        own = self._membership.current(self, self.market_key or self.describe().market_key)
+        if self._members is None or self._members[0] != (self._members_port, own):
+            # Streams of the channel before go on until they end.
+            channel = connect(f"{self._address.rpartition(':')[0]}:{self._members_port}", self.ca, own)
+            self._channels.append(channel)
+            self._members = (self._members_port, own), MarketStub(channel)  # type: ignore[no-untyped-call]
+        return self._members[1]
+
+    def knock(self) -> None:
+        """Raise what calls of a member would: no certificate to be had, a revoked one, a port that is closed; nothing without a port."""
+        if self._member_stub() is not self._stub:
+            self._call_as_member(lambda stub: stub.Describe(pb.DescribeRequest(), timeout=CALL_TIMEOUT_S))
+
+    def _call_as_member(self, call: Callable[[MarketStub], Answer]) -> Answer:
+        stub = self._member_stub()
+        try:
+            return self._call(lambda: call(stub))
+        except MarketUnreachable as error:
+            if stub is self._stub:
+                raise
+            raise MarketUnreachable(
+                f"{error} on its port for members, {self._members_port}",
+                hint="it turns away certificates that it does not trust: `veilmart node certificate --renew`; or is the port closed?",
+            ) from None
+
+    def publish(self, envelope: bytes) -> Receipt:
+        """Publish a release and return the market's receipt, verified; idempotent.
+
+        Raises AlreadyPublished for another release of the same number; the market's evidence of that is kept in the folder `conflicts`.
+        """
         request = pb.PublishRequest(envelope=envelope)
-        receipt = self._call(lambda: self._stub.Publish(request, timeout=CALL_TIMEOUT_S))
+        try:
+            receipt = self._call_as_member(lambda stub: stub.Publish(request, timeout=CALL_TIMEOUT_S))
+        except AlreadyPublished as error:
+            error.hint = self._keep_conflict(envelope)
+            raise
         self.traffic.count("publish", request.ByteSize(), receipt.ByteSize())
         if receipt.release_id != open_envelope(envelope).release_id:
             raise FormatError("receipt: expected the id of the release that was sent")
-        head = _head(receipt.head)
-        verify_head(head, self.describe().market_key)
-        if receipt.index >= head.size:
-            raise FormatError(f"receipt: expected a position below {head.size}, got {receipt.index}")
-        return int(receipt.index)
+        market_key = self.describe().market_key  # also: does what was seen before still stand?
+        promise = Receipt(envelope, market_key, int(receipt.index), bytes(receipt.checkpoint), tuple(map(bytes, receipt.inclusion)))
+        checkpoint, head = promise.verify(), _head(receipt.head)
+        verify_head(head, market_key)
+        if (checkpoint.size, checkpoint.catalogue) != (head.size, head.digest):
+            raise InvalidProof("receipt: expected the catalogue's head in its checkpoint, got another")
+        self._remember(bytes(receipt.checkpoint), head, market_key)
+        return promise
+
+    def _keep_conflict(self, envelope: bytes) -> str:
+        """Keep the market's evidence that this release has a twin; return what to do with it."""
+        request = pb.PublishRequest(envelope=envelope)
+        try:
+            market_key = self.describe().market_key
+            answer = self._call(lambda: self._stub.ProveConflict(request, timeout=CALL_TIMEOUT_S))
+            conflict = Conflict.from_bytes(bytes(answer.evidence))
+            first, _, _ = conflict.verify()
+            if conflict.second != envelope or conflict.receipt.market_key != market_key:
+                raise InvalidProof("conflict: expected this market's evidence about the release that was sent")
+        except VeilmartError as error:
+            return f"the market did not prove it ({error}): do not believe it, and ask its operator"
+        file = self._home.parent / "conflicts" / f"{first.owner.hex()[:16]}-{first.release_number}.conflict"
+        write_durably(file, conflict.to_bytes(), 0o644)
+        return f"{file} proves that this key signed both (`veilmart verify conflict`): is this node a copy, or its ledger an older one?"
 
     def release(self, release_id: bytes) -> bytes:
         """Return the envelope of a release; its signature and id are verified."""
@@ -166,7 +346,7 @@ class MarketClient:
             for start in range(0, len(data), CHUNK_BYTES):
                 yield pb.AdapterChunk(data=data[start : start + CHUNK_BYTES])
 
-        self._call(lambda: self._stub.UploadAdapter(chunks(), timeout=TRANSFER_TIMEOUT_S))
+        self._call_as_member(lambda stub: stub.UploadAdapter(chunks(), timeout=TRANSFER_TIMEOUT_S))
         self.traffic.count("adapter", len(data), 0)
 
     def download_adapter(self, reference: AdapterReference, on_progress: Callable[[int, int], None] = lambda done, of: None) -> bytes:
@@ -186,13 +366,31 @@ class MarketClient:
             raise InvalidAdapter(f"adapter: expected the digest {reference.digest.hex()[:16]} of its release, got other bytes")
         return bytes(data)
 
+    def introduction(self, release_id: bytes) -> bytes:
+        """Return the introduction that the market shows for a release; not verified."""
+        request = pb.IntroductionRequest(release_id=release_id)
+        answer = self._call(lambda: self._stub.GetIntroduction(request, timeout=CALL_TIMEOUT_S))
+        self.traffic.count("relay", request.ByteSize(), answer.ByteSize())
+        return bytes(answer.introduction)
+
+    def ask(self, release_id: bytes, sealed: bytes, timeout_s: float) -> bytes:
+        """Return the sealed answer of a release's guard to a sealed question."""
+        request = pb.SealedQuestion(release_id=release_id, sealed=sealed)
+        answer = self._call(lambda: self._stub.Ask(request, timeout=timeout_s))
+        self.traffic.count("relay", request.ByteSize(), answer.ByteSize())
+        return bytes(answer.sealed)
+
+    def relay(self, messages: Iterator[Any], timeout_s: float) -> Any:
+        """Return the stream of what the market passes on to a guard; it raises gRPC's own errors, and `cancel` ends it."""
+        return self._member_stub().Relay(messages, timeout=timeout_s)
+
     def match(self, map_id: bytes, head: Head, query: bytes, answer_bytes: int) -> Exchange:
         """Return the market's answer to an encrypted query, exactly `answer_bytes` long, with the market's signature verified.
 
         Raises StaleCatalogue if the catalogue is not at `head` any more, InvalidSignature for an answer that the market did not sign as one
         to this query at this head: it is used for nothing then, and the market is not told.
         """
-        market_key = self._pin.read_bytes() if self._pin.exists() else self.describe().market_key
+        market_key = self.market_key or self.describe().market_key
 
         def chunks() -> Iterator[Any]:
             yield pb.MatchChunk(profile=STD128.name, map_id=map_id, catalogue_size=head.size, catalogue_head=head.digest)
@@ -203,7 +401,8 @@ class MarketClient:
 
         def collect() -> None:
             nonlocal last, received
-            for chunk in self._stub.Match(chunks(), timeout=CALL_TIMEOUT_S):
+            # A market that is new on its machine compiles its kernels first: 18 s of CPU, and longer where it shares a core.
+            for chunk in self._stub.Match(chunks(), timeout=TRANSFER_TIMEOUT_S):
                 received += len(chunk.data)
                 answer.extend(chunk.data[: max(answer_bytes - len(answer), 0)])
                 last = chunk
@@ -236,12 +435,104 @@ class MarketClient:
         news = self._fetch(pb.CATALOGUE_FORM_ROWS, len(rows) // ROW.itemsize, len(terms))
         rows, terms = rows + news.rows, [*terms, *news.terms]
         catalogue = open_rows(feature_map, rows, terms, news.head, description.market_key)
+        self._remember(news.checkpoint, news.head, description.market_key)
         catalogue = self._cards(folder, catalogue)
         if news.rows:
             _write_entries(folder / "rows", [rows])
         if news.terms:
             _write_entries(folder / "terms", terms)
-        return catalogue
+        return replace(catalogue, gone=taken_back(self._notices(description)))
+
+    def organisations(self, head: Head) -> Organisations:
+        """Return which releases under this head are one organisation's, by the market's word; its signature is verified."""
+        market_key = self.market_key or self.describe().market_key
+        most = 128 * head.size + (1 << 16)
+
+        def collect() -> tuple[Organisations, bytes]:
+            numbers, names, signature, received = bytearray(), list[str](), b"", 0
+            request = pb.OrganisationsRequest(catalogue_size=head.size)
+            for chunk in self._stub.GetOrganisations(request, timeout=TRANSFER_TIMEOUT_S):
+                received += chunk.ByteSize()
+                if received > most:
+                    raise FormatError(f"organisations: expected at most {most} bytes, got more")
+                numbers += chunk.numbers
+                names.extend(chunk.names)
+                signature = bytes(chunk.signature)
+            self.traffic.count("organisations", request.ByteSize(), received)
+            return open_organisations(bytes(numbers), names, head.size), signature
+
+        organisations, signature = self._call(collect)
+        organisations.verify(signature, head.digest, market_key)
+        return organisations
+
+    def notices(self) -> tuple[Notice, ...]:
+        """Return all notices of this market, none of those that were seen before missing or changed."""
+        return self._notices(self.describe())
+
+    def rotations(self) -> list[bytes]:
+        """Return the rotations among this market's notices, as they travel."""
+        description = self.describe()
+        kinds = [notice.kind for notice in self._notices(description)]
+        entries = _read_entries(self._folder(description) / "notices")
+        return [entry for entry, kind in zip(entries, kinds, strict=True) if kind is Kind.ROTATION]
+
+    def submit(self, notice: bytes) -> int:
+        """Have a notice logged and return its index, proven to be under a head that the market signed; idempotent."""
+        market_key = self.describe().market_key
+        open_notice(notice, market_key)
+        request = pb.NoticeRequest(notice=notice)
+        receipt = self._call_as_member(lambda stub: stub.SubmitNotice(request, timeout=CALL_TIMEOUT_S))
+        verify_logged(notice, int(receipt.index), [bytes(value) for value in receipt.inclusion], _notices_head(receipt.head), market_key)
+        return int(receipt.index)
+
+    def _notices(self, description: Description) -> tuple[Notice, ...]:
+        path, key = self._folder(description) / "notices", description.market_key
+        known, checkpoint = _read_entries(path), self.checkpoint(key)  # read before: a newer one may bind more than what is fetched now
+        news, head = self._fetch_notices(len(known))
+        if head.size < len(known):
+            raise _two_histories("notices")
+        try:
+            notices = open_notices([*known, *news], head, key)
+        except FormatError:
+            # What is kept here was verified: if all of them, fetched anew, give the head, the market has changed what it signed before.
+            everything, head = self._fetch_notices(0)
+            open_notices(everything, head, key)
+            raise _two_histories("notices") from None
+        self._require_whole([*known, *news], checkpoint, description)
+        if news:
+            _write_entries(path, [*known, *news])
+        return notices
+
+    def _require_whole(self, entries: Sequence[bytes], checkpoint: Checkpoint | None, description: Description) -> None:
+        """Raise InvalidProof if notices are missing that a checkpoint of this market binds, or that a trusted witness saw."""
+        if checkpoint is None or not checkpoint.size:
+            return
+        try:
+            require_listed(entries, checkpoint)
+        except InvalidProof as error:
+            raise _two_histories("notices", str(error)) from None
+        if witnesses := read_witnesses(self._witnesses):
+            require_witnessed_notices(entries, description.witnessed, witnesses, description.market_key, time.time())
+
+    def _fetch_notices(self, start: int) -> tuple[list[bytes], NoticesHead]:
+        def collect() -> tuple[list[bytes], NoticesHead]:
+            entries: list[bytes] = []
+            head: NoticesHead | None = None
+            received = 0
+            request = pb.NoticesRequest(from_index=start)
+            for chunk in self._stub.SyncNotices(request, timeout=TRANSFER_TIMEOUT_S):
+                received += chunk.ByteSize()
+                if received > MAX_NOTICES_BYTES:
+                    raise FormatError(f"notices: expected at most {MAX_NOTICES_BYTES} bytes, got more")
+                entries.extend(bytes(entry) for entry in chunk.entries)
+                if chunk.HasField("head"):
+                    head = _notices_head(chunk.head)
+            self.traffic.count("notices", request.ByteSize(), received)
+            if head is None:
+                raise FormatError("notices: expected a signed head on the last chunk")
+            return entries, head
+
+        return self._call(collect)
 
     def _cards(self, folder: Path, catalogue: Catalogue) -> Catalogue:
         """Return the catalogue with all cards, fetched where they are not kept here."""
@@ -286,31 +577,86 @@ class MarketClient:
         """Return all releases, fetching only what is new; every signature is verified, every row, term and card recomputed, every release
         admitted again here.
 
-        A release that breaks the market's own admission policy has no place in a ranking; the others go on.
+        A release that breaks the market's own admission policy, or was taken back, has no place in a ranking; the others go on.
         """
         description = self._accepting(feature_map)
         _, releases, catalogue = self._releases(description, feature_map)
         kept = []
+        notices = self._notices(description)
+        require_rightful(notices, {release.release_id: release.owner for release in releases})
+        gone = taken_back(notices)
         for position, release in enumerate(releases):
             with suppress(NotAdmitted):
-                admit(release.specification, description.admission)
-                kept.append(position)
+                admit_release(release, description.admission)
+                if release.release_id not in gone:
+                    kept.append(position)
         if len(kept) == len(releases):
-            return Mirror(catalogue, releases)
-        refused = tuple(release.release_id for i, release in enumerate(releases) if i not in set(kept))
-        return Mirror(catalogue.only(kept), tuple(releases[i] for i in kept), refused)
+            return Mirror(catalogue, releases, tuple(kept))
+        left_out = set(range(len(releases))) - set(kept)
+        refused = tuple(release.release_id for i, release in enumerate(releases) if i in left_out and release.release_id not in gone)
+        return Mirror(catalogue.only(kept), tuple(releases[i] for i in kept), tuple(kept), refused)
 
     def envelopes(self, feature_map: FeatureMap) -> list[bytes]:
         """Return the envelopes of all releases in the order of the catalogue, every one verified."""
         return self._releases(self._accepting(feature_map), feature_map)[0]
 
-    def releases_of(self, owner: bytes, feature_map: FeatureMap) -> list[bytes]:
-        """Return the envelopes of all releases of one owner, from the whole catalogue: a market that leaves one out breaks its own chain.
+    def aggregates(self, feature_map: FeatureMap) -> Aggregates:
+        """Return what all standing releases say together, signed, of this log and these notices; not recomputed.
 
+        What is fetched does not depend on what somebody looks for: the same bytes for everybody.
+        """
+        return self._aggregates(self._accepting(feature_map), feature_map)[0]
+
+    def recomputed_aggregates(self, feature_map: FeatureMap) -> Aggregates:
+        """Return the same, recomputed here from all releases; raise InvalidProof if the market signed other numbers."""
+        description = self._accepting(feature_map)
+        aggregates, notices = self._aggregates(description, feature_map)
+        state = aggregates.state
+        envelopes, releases, _ = self._releases(description, feature_map)
+        if len(envelopes) < state.size or root_of_all(envelopes[: state.size]) != state.root:
+            raise InvalidProof("aggregates: of another log than that of the market")
+        require_rightful(notices, {release.release_id: release.owner for release in releases})
+        require_honest(aggregates, releases[: state.size], taken_back(notices[: state.notices_size]), feature_map)
+        return aggregates
+
+    def _aggregates(self, description: Description, feature_map: FeatureMap) -> tuple[Aggregates, tuple[Notice, ...]]:
+        """Return the aggregates, proven to be of the log and the notices that this home knows, and all notices."""
+        aggregates = open_aggregates(*self._fetch_aggregates(), description.market_key)
+        state, known = aggregates.state, self.checkpoint(description.market_key)
+        if (state.map_id, len(aggregates.federation.centre)) != (feature_map.map_id, feature_map.dimension):
+            raise IncompatibleSpecification(f"aggregates: expected the map {feature_map.map_id.hex()[:16]}, got {state.map_id.hex()[:16]}")
+        if state.size and known is not None and known.size:
+            older, newer = sorted(((state.size, state.root), (known.size, known.root)))
+            proof = self.prove_consistency(older[0], newer[0]) if older[0] < newer[0] else []
+            verify_consistency(older[0], newer[0], older[1], newer[1], proof)
+        notices = self._notices(description)
+        entries = _read_entries(self._folder(description) / "notices")[: state.notices_size]
+        if len(entries) != state.notices_size or root_of_all(entries) != state.notices_root:
+            raise InvalidProof("aggregates: of other notices than those of the market")
+        return aggregates, notices
+
+    def _fetch_aggregates(self) -> tuple[bytes, bytes]:
+        def collect() -> tuple[bytes, bytes]:
+            data, signature = bytearray(), b""
+            request = pb.AggregatesRequest()
+            for chunk in self._stub.GetAggregates(request, timeout=TRANSFER_TIMEOUT_S):
+                data += chunk.data
+                signature = bytes(chunk.signature)
+                if len(data) > MAX_AGGREGATES_BYTES:
+                    raise FormatError(f"aggregates: expected at most {MAX_AGGREGATES_BYTES} bytes, got more")
+            self.traffic.count("aggregates", request.ByteSize(), len(data))
+            return bytes(data), signature
+
+        return self._call(collect)
+
+    def releases_of(self, owners: Sequence[bytes], feature_map: FeatureMap) -> list[bytes]:
+        """Return the envelopes of all releases under these keys of one owner, from the whole catalogue.
+
+        A market that leaves one out breaks its own chain.
         The market learns that somebody synced, not whose releases were looked for.
         """
         envelopes, releases, _ = self._releases(self._accepting(feature_map), feature_map)
-        return [envelope for envelope, release in zip(envelopes, releases, strict=True) if release.owner == owner]
+        return [envelope for envelope, release in zip(envelopes, releases, strict=True) if release.owner in owners]
 
     def _releases(self, description: Description, feature_map: FeatureMap) -> tuple[list[bytes], tuple[Release, ...], Catalogue]:
         path = self._folder(description) / "envelopes"
@@ -319,6 +665,9 @@ class MarketClient:
         envelopes = [*known, *news.envelopes]
         releases = tuple(open_envelope(envelope) for envelope in envelopes)
         catalogue = open_mirror(feature_map, releases, news.head, description.market_key)
+        self._remember(news.checkpoint, news.head, description.market_key)
+        if root_of_all(envelopes) != open_checkpoint(news.checkpoint, description.market_key).root:
+            raise InvalidProof("catalogue: expected the releases that are in the log, got others")
         rows, seen = catalogue.rows.tobytes(), _read_rows(path.with_name("rows"))
         if rows[: len(seen)] != seen[: len(rows)]:
             raise _two_histories("rows")
@@ -350,6 +699,7 @@ class MarketClient:
             rows = bytearray()
             new_terms: list[bytes] = []
             head: Head | None = None
+            note = b""
             received = 0
             request = pb.SyncRequest(from_index=start, form=form, from_terms=terms)
             for chunk in self._stub.SyncCatalogue(request, timeout=TRANSFER_TIMEOUT_S):
@@ -367,7 +717,7 @@ class MarketClient:
                 new_terms.extend(chunk.terms)
                 rows += chunk.rows
                 if chunk.HasField("head"):
-                    head = _head(chunk.head)
+                    head, note = _head(chunk.head), bytes(chunk.checkpoint)
             self.traffic.count("catalogue", request.ByteSize(), received)
             if head is None:
                 raise FormatError("catalogue: expected a signed head on the last chunk")
@@ -375,7 +725,7 @@ class MarketClient:
                 raise InvalidSignature(
                     f"catalogue: expected at least the {start} releases known here, got {head.size}: the market has gone back in time"
                 )
-            return _News(envelopes, bytes(rows), new_terms, head)
+            return _News(envelopes, bytes(rows), new_terms, head, note)
 
         return self._call(collect)
 
@@ -398,12 +748,35 @@ class MarketClient:
         return self._call(collect)
 
 
+def _authorities_in(pem: bytes) -> list[str]:
+    """Return what each authority in a file is known by here: while one follows another, what is remembered of a market follows too."""
+    begin = b"-----BEGIN CERTIFICATE-----"
+    parts = [begin + part for part in pem.split(begin)[1:]] if pem.count(begin) > 1 else [pem]
+    return [hashlib.sha256(part).hexdigest()[:32] for part in parts]
+
+
+def _there(paths: Sequence[Path]) -> Path | None:
+    return next((path for path in paths if path.exists()), None)
+
+
+def _write_missing(paths: Sequence[Path], data: bytes) -> None:
+    for path in paths:
+        if not path.exists():
+            write_durably(path, data, 0o644)
+
+
+def read_witnesses(path: Path) -> list[Witness]:
+    """Return the witnesses that a home trusts: a file of one verifier key a line, none if there is no file."""
+    return [Witness.parse(line) for line in path.read_text().split()] if path.exists() else []
+
+
 @dataclass(frozen=True, slots=True)
 class _News:
     envelopes: list[bytes]
     rows: bytes
     terms: list[bytes]
     head: Head
+    checkpoint: bytes  # signed note
 
 
 def _hint_for_maps(map_ids: Sequence[bytes]) -> str:
@@ -413,9 +786,9 @@ def _hint_for_maps(map_ids: Sequence[bytes]) -> str:
     return "give the market's map as --map FILE, or install the veilmart version that ships it"
 
 
-def _two_histories(what: str) -> InvalidSignature:
-    return InvalidSignature(
-        f"catalogue: expected the {what} that were synced before, got others: the market shows two histories",
+def _two_histories(what: str, why: str = "what was synced before is not in it") -> InvalidProof:
+    return InvalidProof(
+        f"market: its {what} contradicts what this home has seen ({why}): the market shows two histories",
         hint="keep the folder `catalogues` as it is, it shows what was signed before, and ask the market's operator",
     )
 
@@ -427,16 +800,22 @@ def _kept_page(folder: Path, page: int, size: int) -> tuple[list[bytes], range]:
     return cards, range(page * PAGE_SIZE + len(cards), stop)
 
 
-def find_release_id(text: str, catalogue: Catalogue) -> bytes:
-    """Return the id that `text` names: NAME@HEX, HEX (at least 8 digits) or a NAME that only one release has."""
+def find_release_id(text: str, catalogue: Catalogue, *, standing_alone: bool = True) -> bytes:
+    """Return the id that `text` names: NAME@HEX, HEX (at least 8 digits) or a NAME that only one release has.
+
+    standing_alone: whether releases that were taken back are left out.
+    """
     name, _, digits = text.rpartition("@")
-    hits = [
+    found = [
         card.release_id
         for card in catalogue.cards.values()
         if (name in ("", card.name) and len(digits) >= 8 and card.release_id.hex().startswith(digits)) or (not name and digits == card.name)
     ]
+    hits = [release_id for release_id in found if release_id not in catalogue.gone or not standing_alone]
     if len(hits) == 1:
         return hits[0]
+    if found and not hits:
+        raise NotFound(f"{text}: it was taken back, by its owner or by the market", hint="`veilmart find` lists those that stand")
     if hits:
         raise UsageError(
             f"{text}: names {len(hits)} releases", hint="give NAME@ and the first digits of the id, as `veilmart find` prints them"
@@ -450,9 +829,16 @@ def _admission(message: Any) -> AdmissionPolicy:
             parse_decimal(message.largest_epsilon, "admission.largest_epsilon"),
             parse_decimal(message.delta, "admission.delta") if message.delta else None,
             message.smallest_count or None,
+            parse_decimal(message.largest_adapter_epsilon, "admission.largest_adapter_epsilon")
+            if message.largest_adapter_epsilon
+            else None,
         )
     except UsageError as error:
         raise FormatError(f"market: {error}") from None
+
+
+def _notices_head(message: Any) -> NoticesHead:
+    return NoticesHead(int(message.size), bytes(message.root), bytes(message.signature))
 
 
 def _head(message: Any) -> Head:

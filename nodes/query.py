@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nodes.copies import Copies
 from nodes.market_client import Exchange, MarketClient, Mirror
 from nodes.records import Prompt, Record
 from protocol.catalogue import ROW, Catalogue, Terms, centred_means
 from protocol.errors import StaleCatalogue, UsageError
 from protocol.features import VIEWS, FeatureMap
-from protocol.scoring import Match, Ranking, Scores, Sketch, rank, score, sketch_of
+from protocol.release import Release
+from protocol.scoring import Match, Ranking, Scores, Sketch, Verdict, rank, score, sketch_of, verdict_of
 
 if TYPE_CHECKING:
     from nodes.base_model import BaseModel
@@ -47,6 +50,7 @@ class Filters:
     licence: str | None = None
     largest_adapter: int | None = None  # bytes; an adapter counts as its size rounded up to a power of two
     largest_epsilon: float | None = None
+    largest_adapter_epsilon: float | None = None  # of the adapter's guarantee; one without a guarantee, or none at all, is not wanted
 
     def __post_init__(self) -> None:
         if not set(self.base_model) <= set("0123456789abcdef") or len(self.base_model) > 64:
@@ -59,25 +63,30 @@ class Filters:
             and self.licence in (None, terms.licence)
             and (self.largest_adapter is None or terms.adapter_class <= self.largest_adapter)
             and (self.largest_epsilon is None or terms.guarantee.epsilon <= self.largest_epsilon)
+            and (self.largest_adapter_epsilon is None or terms.adapter_epsilon <= self.largest_adapter_epsilon)
         )
 
     def positions(self, catalogue: Catalogue) -> NDArray[np.intp]:
-        """Return the positions of the releases that are wanted, ascending."""
+        """Return the positions of the releases that are wanted and stand, ascending."""
         wanted = np.array([self.admits(terms) for terms in catalogue.terms], bool)
-        return np.flatnonzero(wanted[catalogue.rows["terms"]]) if len(catalogue) else np.zeros(0, np.intp)
+        return np.flatnonzero(wanted[catalogue.rows["terms"]] & catalogue.standing) if len(catalogue) else np.zeros(0, np.intp)
 
 
 ANY = Filters()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Found:
     """A ranking with what it was made from: scores and catalogue of the releases that the filters left."""
 
     ranking: Ranking
     scores: Scores
     catalogue: Catalogue
+    owners: NDArray[np.uint32]  # (N,), a number for each organisation, or owner without one: the market's word
+    organisations: tuple[str, ...]  # the names of the numbers, empty for such an owner
+    views: int  # of the query
     exchange: Exchange | None = None  # with the market, of an encrypted query
+    releases: tuple[Release, ...] | None = None  # where they lie here in clear
 
     @property
     def server_cpu_ms(self) -> float | None:
@@ -85,8 +94,31 @@ class Found:
         return self.exchange.server_cpu_ms if self.exchange else None
 
     def position_of(self, match: Match) -> int:
-        """Return where a match stands in the catalogue."""
-        return int(np.argsort(-self.scores.llr, kind="stable")[match.rank - 1])
+        """Return where a match stands in the catalogue: by its id, since a ranking is not in the order of the scores alone."""
+        return self._positions[match.release_id]
+
+    @cached_property
+    def _positions(self) -> dict[bytes, int]:
+        return {release_id: position for position, release_id in enumerate(self.catalogue.release_ids)}
+
+    def verdict_on(self, match: Match) -> Verdict:
+        """Return the verdict that a match would have as the best one."""
+        return verdict_of(self.scores, self.position_of(match), self.catalogue.feature_map, self.views)
+
+    def owner_of(self, match: Match) -> int:
+        """Return the number of the organisation that a match is of."""
+        return int(self.owners[self.position_of(match)])
+
+    def original_of(self, match: Match) -> str | None:
+        """Return the title of what a match is a copy of; None where it is none, or where the releases are not here."""
+        if self._copies is None or self.releases is None:
+            return None
+        original = self._copies.original_of(self.position_of(match))
+        return self.releases[original].title if original is not None else None
+
+    @cached_property
+    def _copies(self) -> Copies | None:
+        return Copies(self.releases) if self.releases is not None else None
 
     def title_of(self, match: Match) -> str:
         """Return the title of a match, NAME@HEX."""
@@ -106,7 +138,9 @@ def mirrored_products(mirror: Mirror, sketch: Sketch) -> NDArray[np.float64]:
 def find_in_mirror(sketch: Sketch, client: MarketClient, feature_map: FeatureMap, filters: Filters = ANY) -> Found:
     """Return the ranking computed on the local copy: perfectly private, and cheap below some two thousand releases."""
     mirror = client.mirror(feature_map)
-    return _ranked(mirrored_products(mirror, sketch), mirror.catalogue, sketch, filters)
+    owners = client.organisations(mirror.catalogue.head)
+    numbers = owners.numbers[list(mirror.positions)]
+    return _ranked(mirrored_products(mirror, sketch), mirror.catalogue, sketch, filters, numbers, owners.names, releases=mirror.releases)
 
 
 def ignore_exchange(exchange: Exchange) -> None:
@@ -131,8 +165,9 @@ def find_encrypted(
 
     for _ in range(STALE_RETRIES):
         catalogue = client.sync(feature_map)
+        owners = client.organisations(catalogue.head)  # before the query, and of all
         if not catalogue.head.size:
-            return _ranked(np.zeros(0), catalogue, sketch, filters)
+            return _ranked(np.zeros(0), catalogue, sketch, filters, owners.numbers, owners.names)
         plan = MatchPlan.build(catalogue.head.size, feature_map.dimension)
         key = QueryKey.fresh(plan)
         query = key.encrypt(sketch.centred_mean).to_bytes()
@@ -144,7 +179,7 @@ def find_encrypted(
         # Rows hold both views whatever the query; its own zeros leave out the second.
         norms = np.sqrt(np.maximum(catalogue.columns(len(VIEWS)).norms_squared, 0.0))
         products = key.decrypt(exchange.proof.answer, norms)
-        return _ranked(products, catalogue, sketch, filters, exchange)
+        return _ranked(products, catalogue, sketch, filters, owners.numbers, owners.names, exchange)
     raise StaleCatalogue("catalogue: it changed during each of several queries", hint="try again in a moment")
 
 
@@ -166,9 +201,18 @@ def mirror_is_cheaper(size: int, dimension: int) -> bool:
 
 
 def _ranked(
-    products: NDArray[np.float64], catalogue: Catalogue, sketch: Sketch, filters: Filters, exchange: Exchange | None = None
+    products: NDArray[np.float64],
+    catalogue: Catalogue,
+    sketch: Sketch,
+    filters: Filters,
+    owners: NDArray[np.uint32],
+    organisations: tuple[str, ...],
+    exchange: Exchange | None = None,
+    releases: tuple[Release, ...] | None = None,
 ) -> Found:
     kept = filters.positions(catalogue)
     catalogue = catalogue.only(kept.tolist())
     scores = score(products[kept], catalogue.columns(sketch.views), sketch, catalogue.feature_map)
-    return Found(rank(scores, catalogue, sketch), scores, catalogue, exchange)
+    ranked = rank(scores, catalogue, sketch)
+    left = tuple(releases[at] for at in kept) if releases is not None else None
+    return Found(ranked, scores, catalogue, owners[kept], organisations, sketch.views, exchange, left)

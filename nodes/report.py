@@ -23,6 +23,9 @@ def print_result(result: Mapping[str, Any], out: Path) -> None:
         f"CPU seconds: {', '.join(f'{stage} {seconds}' for stage, seconds in result['cpu_seconds'].items())}",
         f"matching: {result['matching']}, market CPU a query: {_milliseconds(result['server_cpu_ms_per_query'])}",
         f"bytes sent: {_counts(bytes_sent)}; received: {_counts(bytes_received)}",
+        f"peak memory {result['peak_memory_bytes'] / (1 << 30):.2f} GiB, CPU {result['cpu_seconds_all_processes']} s, of all processes",
+        f"digest of all releases {result['digest']}"
+        + ("" if result["simulated_noise"] else " (noise is fresh in every run without --seed)"),
         f"wall {result['wall_seconds']} s, run folder {out}",
     ]
     print_lines(*lines)
@@ -30,20 +33,24 @@ def print_result(result: Mapping[str, Any], out: Path) -> None:
 
 def print_table_of_tasks(result: Mapping[str, Any]) -> None:
     """Print task, chosen learnware, score, losses and both epsilons, a row a task."""
-    owners = {owner["task"]: owner for owner in result["owners"]}
+    owners = {owner["owner"]: owner for owner in result["owners"]}
     first: dict[str, Any] = {}
     for query in result["queries"]:
         first.setdefault(query["task"], query)
     rows = []
     for task, query in first.items():
         loss, owner = result["losses"].get(task), owners[query["chosen"]]
-        losses = [f"{loss[name]:.2f}" for name in ("base", "chosen", "oracle")] if loss else ["-", "-", "-"]
+        losses = [_nats(loss[name]) for name in ("base", "chosen", "oracle")] if loss else ["-", "-", "-"]
         epsilon_adapter = owner["epsilon_adapter"] or "-"
         rows.append(
             [task, query["chosen"], f"{query['llr']:.1f} ± {query['std']:.1f}", *losses, f"{owner['epsilon_spec']:g}", epsilon_adapter]
         )
     columns = ["task", "chosen learnware", "score", "loss base", "chosen", "best possible", "epsilon specification", "epsilon adapter"]
     print_table(columns, rows)
+
+
+def _nats(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.2f}"
 
 
 def _percent(share: float | None) -> str:

@@ -1,0 +1,216 @@
+"""The owner's ledger: `node ledger`, `backup`, `restore`, `repair`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nodes.commands.options import Authority, Home, Json, Map, MarketAddress, Population, Unit, population_name, show, unit_in
+from protocol.errors import NotFound, UsageError
+
+if TYPE_CHECKING:
+    from protocol.privacy import PrivacyUnit
+
+
+def node_ledger(
+    home: Home,
+    population: Population = "default",
+    budget: Annotated[float, typer.Option("--budget", help="Epsilon this node may spend for life.")] = 4.0,
+    prv: Annotated[bool, typer.Option("--prv", help="Also compose by PRV, as if all were planned beforehand; takes seconds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Verify the ledger's chain and show every charge, what is spent and what is left.
+
+    Example: veilmart node ledger
+    """
+    from nodes import console
+    from nodes.ledger import Budget, Ledger
+    from nodes.populations import folder_of
+    from protocol.privacy import ledger_epsilon
+
+    path = _ledger_file(folder_of(home, population_name(population)))
+    unit = unit_in(None, path.parent)
+    ledger = Ledger.open(path, Budget(budget, 1e-6), population, unit)
+    entries = ledger.entries()
+    delta = min((entry.charge.delta for entry in entries), default=1e-6)
+    events = [event for entry in entries for event in entry.charge.events]
+    spent = ledger_epsilon(events, delta)
+    figure = None
+    if prv:
+        from nodes.accountant import prv_epsilon
+
+        figure = prv_epsilon(events, delta)
+    rows = [
+        {
+            "number": entry.number, "release_number": entry.release_number, "release_id": entry.release_id.hex(),
+            "epsilon": ledger_epsilon(entry.charge.events, delta), "delta": entry.charge.delta, "origin": str(entry.origin),
+            "events": [repr(event) for event in entry.charge.events], "release_bytes": len(entry.envelope), "hash": entry.hash.hex(),
+        }
+        for entry in entries
+    ]  # fmt: skip
+    result = {
+        "schema": "veilmart.ledger/1", "population": population, "unit": str(unit), "entries": rows, "chain": "verified",
+        "compared": ledger.compared, "spent": spent, "left": max(budget - spent, 0.0), "budget": budget, "delta": delta,
+        "epsilon_prv": figure,
+    }  # fmt: skip
+    if as_json:
+        console.print_json(result)
+        return
+    table = [
+        [
+            str(entry.number), str(entry.release_number or "-"), entry.release_id.hex()[:16] or "-",
+            f"{row['epsilon']:.3g}", f"{entry.charge.delta:g}",
+            str(entry.origin), entry.hash.hex()[:16],
+        ]
+        for entry, row in zip(entries, rows, strict=True)
+    ]  # fmt: skip
+    console.print_table(["#", "release", "id", "epsilon", "delta", "origin", "hash"], table)
+    console.print_lines(
+        f"population {population}, unit {unit}: {len(entries)} charges, chain verified"
+        + ("" if ledger.compared else "; NOT compared with the market since it was restored, so nothing is drawn from it"),
+        f"spent {spent:.2f} of {budget:.2f} at delta {delta:g}, left {max(budget - spent, 0.0):.2f}"
+        + ("" if figure is None else f"; {figure:.2f} by PRV, valid if every charge was planned before the first release"),
+    )
+
+
+def node_backup(
+    home: Home,
+    file: Annotated[Path, typer.Argument(help="File to write.")],
+    key: Annotated[Path | None, typer.Option("--key", help="Also copy the signing key into a file of its own.")] = None,
+    population: Population = "default",
+    as_json: Json = False,
+) -> None:
+    """Copy the ledger with all its releases, consistently, while the node may go on working.
+
+    Example: veilmart node backup ledger-2026.backup
+    """
+    from nodes.ledger import Budget, Ledger
+    from nodes.populations import claimed_by, claims_of, folder_of
+    from protocol.keys import read_secret, write_durably
+
+    path = _ledger_file(folder_of(home, population_name(population)))
+    if key is not None and key.exists():
+        raise UsageError(f"{key}: already there", hint="a backup never overwrites one")
+    ledger = Ledger.open(path, Budget(4.0, 1e-6), population, unit_in(None, path.parent))
+    count = ledger.backup(file, lambda: claimed_by(claims_of(home), population))
+    if key is not None:
+        write_durably(key, read_secret(path.parent / "owner.key"))
+    kept = "it holds no key" if key is None else f"the signing key is in {key}: whoever has that file can publish in your name"
+    lines = [
+        f"{file}: {count} charges with their releases, readable by you alone; {kept}",
+        "a digest of each record and unit that was charged is in it too: it confirms a guess, so keep the file private",
+        "adapters, the data and the base model are not in it",
+        *(() if key else ("without owner.key nothing can be published under this name again: keep a copy of it elsewhere (--key FILE)",)),
+    ]
+    result = {"schema": "veilmart.backup/1", "file": str(file), "entries": count, "key": str(key) if key else None}
+    show(result, as_json, lines)
+
+
+def node_restore(
+    home: Home,
+    file: Annotated[Path, typer.Argument(help="A backup of `veilmart node backup`.")],
+    population: Population = "default",
+    as_json: Json = False,
+) -> None:
+    """Put a backup in the place of a ledger that is lost or damaged.  Then `node repair` must compare it with the market.
+
+    Example: veilmart node restore ledger-2026.backup
+    """
+    from nodes.ledger import claims_in, in_use, restore
+    from nodes.populations import claim, claims_of, folder_of
+
+    folder = folder_of(home, population_name(population))
+    with in_use(folder, alone=True):
+        count = restore(file, folder / "ledger.db", population, lambda digests: claim(claims_of(home), population, digests))
+    lines = [
+        f"{count} charges restored; the chain verifies",
+        "charges made after the backup may be missing: nothing is drawn until `veilmart node repair` or a publish has compared it",
+        *(
+            ("this older backup does not say which records were charged: another population could charge them again unnoticed",)
+            if claims_in(file) is None
+            else ()
+        ),
+        *(
+            ()
+            if (folder / "owner.key").exists()
+            else (f"the signing key is not there: put your copy at {folder / 'owner.key'}, mode 0600",)
+        ),
+    ]
+    show({"schema": "veilmart.restore/1", "entries": count, "compared": False}, as_json, lines)
+
+
+def node_repair(
+    home: Home,
+    market: MarketAddress,
+    ca: Authority,
+    population: Population = "default",
+    unit: Unit = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Set a damaged ledger aside and rebuild it from the market alone.")] = False,
+    which_map: Map = "kme-lin-96",
+    as_json: Json = False,
+) -> None:
+    """Compare the ledger with the market's list of your releases, and charge again what it does not know.
+
+    Example: veilmart node repair --market 127.0.0.1:7443 --ca ca.crt
+    """
+    from nodes.ledger import Budget, Ledger, in_use, set_aside
+    from nodes.market_client import MarketClient
+    from nodes.populations import folder_of
+    from nodes.succession import keep_rotations, keys_before
+    from protocol.features import open_map
+    from protocol.keys import signing_key
+
+    folder = folder_of(home, population_name(population))
+    if not (folder / "owner.key").is_file():  # `signing_key` would make a new one, which owns nothing
+        raise UsageError(f"{folder / 'owner.key'}: expected the signing key of the releases", hint="put your copy there, mode 0600")
+    owner = signing_key(folder / "owner.key").public_key().public_bytes_raw()
+    with MarketClient(market, ca, home) as client:
+        keep_rotations(folder, owner, client.rotations())  # of a folder that was lost with them
+        envelopes = client.releases_of((owner, *keys_before(folder, owner)), open_map(which_map))
+    path, of = folder / "ledger.db", unit_in(unit, folder)
+    if rebuild:
+        of = _unit_of_releases(envelopes, of, unit is not None)  # before the ledger is set aside: what fails here changes nothing
+    with in_use(folder, alone=rebuild):
+        aside = set_aside(path) if rebuild else None
+        ledger = Ledger.open(path, Budget(4.0, 1e-6), population, of, behind=rebuild)
+        ledger.require_owner(owner)
+        added = ledger.absorb(envelopes)
+    lines = [
+        f"the market holds {len(envelopes)} releases of this owner; {added} were missing in the ledger and are charged now",
+        "releases at other markets are not known to this one: repair with each market you published at",
+        *((f"the damaged ledger is kept at {aside}",) if aside else ()),
+    ]
+    result = {
+        "schema": "veilmart.repair/1", "releases": len(envelopes), "charged_again": added, "entries": len(ledger.entries()),
+        "set_aside": str(aside) if aside else None,
+    }  # fmt: skip
+    show(result, as_json, lines)
+
+
+def _unit_of_releases(envelopes: Sequence[bytes], otherwise: PrivacyUnit, asked: bool) -> PrivacyUnit:
+    """Return the unit that releases state; raise PopulationConflict if they state several, or another than was asked for."""
+    from protocol.errors import PopulationConflict
+    from protocol.release import open_envelope
+
+    units = {open_envelope(envelope).specification.guarantee.unit for envelope in envelopes}
+    if len(units) > 1 or (asked and units and units != {otherwise}):
+        names = ", ".join(sorted(map(str, units)))
+        expected = str(otherwise) if asked else "one unit"
+        raise PopulationConflict(
+            f"--rebuild: expected releases of {expected}, got {names}",
+            hint="a ledger is of one unit for life; `veilmart node restore` takes a backup",
+        )
+    return units.pop() if units else otherwise
+
+
+def _ledger_file(folder: Path) -> Path:
+    path = folder / "ledger.db"
+    if not path.is_file():
+        raise NotFound(f"{path}: no ledger yet", hint="the first `veilmart node publish` makes one")
+    return path
+
+
+COMMANDS = {"node ledger": node_ledger, "node backup": node_backup, "node restore": node_restore, "node repair": node_repair}

@@ -1,0 +1,123 @@
+"""The options that several commands share, and what every command does with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from protocol.errors import UsageError
+
+if TYPE_CHECKING:
+    from nodes.base_model import BaseModel
+    from nodes.finetune import Recipe
+    from nodes.private_training import PrivateRecipe
+    from protocol.privacy import PrivacyUnit
+
+
+def default_home() -> Path:
+    """Return the folder of everything that veilmart keeps, where VEILMART_HOME does not say otherwise."""
+    import platformdirs
+
+    return platformdirs.user_data_path("veilmart")
+
+
+HOME_HELP = "Folder of models, keys, ledger and copies."
+Home = Annotated[
+    Path,
+    typer.Option("--home", envvar="VEILMART_HOME", default_factory=default_home, help=HOME_HELP, show_default="the user's data folder"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print ids only, no progress.")]
+Base = Annotated[Path | None, typer.Option("--base", help="Directory of the base model.", show_default="the imported one")]
+Map = Annotated[str, typer.Option("--map", envvar="VEILMART_MAP", help="Feature map: a name that ships with veilmart, or a file.")]
+MarketAddress = Annotated[str, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")]
+MaybeMarket = Annotated[str | None, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")]
+Authority = Annotated[Path, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority (ca.crt).")]
+MaybeAuthority = Annotated[Path | None, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority (ca.crt).")]
+Population = Annotated[
+    str, typer.Option("--population", help="Whose data this is: one ledger for life, whatever file or model it is used for.")
+]
+Unit = Annotated[
+    str | None,
+    typer.Option(
+        "--unit", help="What epsilon protects: 'record', or a field such as 'person'.", show_default="the ledger's; record if new"
+    ),
+]
+EpsilonAdapter = Annotated[str, typer.Option("--epsilon-adapter", metavar="E|none", help="Epsilon of the adapter (DP-SGD).")]
+
+
+def open_model(home: Path, base: Path | None, device: str = "cpu") -> BaseModel:
+    """Return the model of a directory, or of a name that `model list` shows; by default the imported one."""
+    from nodes.base_model import BaseModel
+
+    directory = base or home / "models" / "smollm2-135m"
+    if not directory.is_dir() and directory.name == str(directory) and (home / "models" / directory).is_dir():
+        directory = home / "models" / directory
+    return BaseModel.open(directory, device=device)
+
+
+def recipe_of(epsilon_adapter: str, no_train: bool, delta: float = 1e-6, held_out: float = 0.0) -> Recipe | PrivateRecipe | None:
+    """Return how the adapter is trained, or None for a specification alone.
+
+    held_out: share of the records on which training without a guarantee is checked; with one there is no such check.
+    """
+    from nodes.finetune import Recipe
+    from nodes.private_training import PrivateRecipe
+    from protocol.privacy import Guarantee
+
+    if no_train:
+        return None
+    if epsilon_adapter == "none":
+        return Recipe(held_out=held_out)
+    try:
+        epsilon = float(epsilon_adapter)
+    except ValueError:
+        raise UsageError("--epsilon-adapter: expected a number or 'none'", hint="a smaller one keeps less of the gain: try 8") from None
+    return PrivateRecipe(Guarantee(epsilon, delta))
+
+
+def name_from(data: Path) -> str:
+    """Return what a learnware is called that is made from a file and given no name."""
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in data.stem.lower()).strip("-._")
+    return name[:63] or "learnware"
+
+
+def population_name(name: str) -> str:
+    """Return the name of a population; raise UsageError for one that could not be a folder."""
+    from nodes.ledger import POPULATION
+
+    if not POPULATION.fullmatch(name):  # it becomes the name of a folder
+        raise UsageError("--population: expected 1 to 63 of a-z, 0-9, '.', '_', '-' beginning with a letter or digit")
+    return name
+
+
+def unit_in(text: str | None, folder: Path) -> PrivacyUnit:
+    """Return the unit that was asked for; without one, that of the ledger in this folder."""
+    from nodes.ledger import declared
+    from protocol.privacy import RECORD, PrivacyUnit
+
+    if text is None:
+        there = declared(folder / "ledger.db")
+        return there[1] if there else RECORD
+    # "field:person" is how every command prints it; no field's name holds a colon
+    return PrivacyUnit.parse(text) if text == "record" or text.startswith("field:") else PrivacyUnit(text)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's bytes; raise UsageError where there are none to read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+
+
+def show(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    """Print the result as JSON, or as lines for people."""
+    from nodes import console
+
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_lines(*lines)

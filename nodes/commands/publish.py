@@ -1,0 +1,246 @@
+"""`node publish`: what would leave, what it costs, and the release itself."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nodes.commands.options import (
+    Base,
+    EpsilonAdapter,
+    Home,
+    Json,
+    Map,
+    MaybeAuthority,
+    MaybeMarket,
+    Population,
+    Quiet,
+    Unit,
+    name_from,
+    open_model,
+    population_name,
+    recipe_of,
+    show,
+    unit_in,
+)
+from protocol.errors import Unauthorised, UsageError
+
+if TYPE_CHECKING:
+    from nodes.guard import Plan
+    from protocol.admission import AdmissionPolicy
+
+
+def node_publish(
+    home: Home,
+    data: Annotated[Path, typer.Option("--data", help="Your records: JSONL with prompt and response, or text.")],
+    market: MaybeMarket = None,
+    ca: MaybeAuthority = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the learnware.", show_default="the data file's name")] = None,
+    summary: Annotated[str, typer.Option("--summary", help="One public line on what it is good at.")] = "",
+    licence: Annotated[str, typer.Option("--licence", help="Licence of the adapter.")] = "",
+    epsilon: Annotated[float, typer.Option("--epsilon", help="Epsilon of this specification.")] = 1.0,
+    delta: Annotated[float, typer.Option("--delta", help="Delta of guarantee and budget.")] = 1e-6,
+    budget: Annotated[float, typer.Option("--budget", help="Epsilon this node may spend for life.")] = 4.0,
+    largest_epsilon: Annotated[float, typer.Option("--largest-epsilon", help="Largest epsilon of one release.")] = 2.0,
+    epsilon_adapter: EpsilonAdapter = "none",
+    no_train: Annotated[bool, typer.Option("--no-train", help="Publish a specification alone.")] = False,
+    population: Population = "default",
+    unit: Unit = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would leave and what it costs; nothing is drawn or sent.")] = False,
+    which_map: Map = "kme-lin-96",
+    base: Base = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a private specification and a specialist from your records, and publish both.
+
+    Example: veilmart node publish --data notes.jsonl --market 127.0.0.1:7443 --ca ca.crt --dry-run
+    """
+    from nodes import console
+    from nodes.guard import Guard, Order, Policy
+    from nodes.ledger import Budget, epsilon_of, in_use, total_of
+    from nodes.market_client import MarketClient
+    from nodes.membership import Membership
+    from nodes.populations import claims_of, folder_of
+    from protocol.features import open_map
+    from protocol.hazmat.noise import operating_system
+    from protocol.keys import write_durably
+    from protocol.privacy import Guarantee
+    from protocol.release import Card, open_envelope
+
+    folder = folder_of(home, population_name(population))
+    guarantee = Guarantee(epsilon, delta, unit=unit_in(unit, folder))
+    order, recipe = Order(guarantee), recipe_of(epsilon_adapter, no_train, delta)
+    if not dry_run and (market is None or ca is None):
+        raise UsageError("node publish: expected --market and --ca", hint="`veilmart market up` prints both; --dry-run needs neither")
+    card = Card(name or name_from(data), summary, licence)
+    progress = console.ProgressLine(not (as_json or quiet))
+    policy = Policy(Budget(budget, delta), largest_epsilon=largest_epsilon, population=population, unit=guarantee.unit)
+    guard = Guard(
+        folder, data, card, open_model(home, base), open_map(which_map), operating_system(),
+        policy=policy, recipe=recipe, claims=claims_of(home), on_progress=progress,
+    )  # fmt: skip
+    plan = guard.plan(order)
+    if dry_run:
+        _show_plan(plan, population, as_json)
+        if not plan.stored:
+            plan.price.require()
+        return
+    assert market is not None
+    assert ca is not None
+    membership = Membership.of(folder)
+    with MarketClient(market, ca, home, membership) as client:
+        # Before anything is trained or charged: is it the right market, would it take this, and does it hold what the ledger forgot?
+        description = client.describe(guard.owner)
+        if not description.may_publish:
+            raise Unauthorised(
+                "node publish: you are not enrolled at this market", hint="`veilmart node join` with an invite of its operator"
+            )
+        client.knock()
+        guard.require_current(client.releases_of(guard.owners, open_map(which_map)))
+    if not plan.stored:
+        warning = _require_welcome(plan, description.admission)
+        if warning:  # on standard error, so neither --json nor --quiet hides what is about to be paid for
+            console.say(warning)
+    with in_use(folder):
+        envelope = guard.release(order)
+    progress.close()
+    release = open_envelope(envelope)
+    file = guard.adapter_file(release)
+    with MarketClient(market, ca, home, membership) as client:
+        receipt = client.publish(envelope)
+        write_durably(kept := home / "receipts" / f"{release.release_id.hex()}.receipt", receipt.to_bytes(), 0o644)
+        # After its release: a market takes no other files.  Where this breaks off, the same command goes on.
+        if file is not None and release.adapter is not None:
+            client.upload_adapter(release.adapter, file.read_bytes())
+    price = guard.price(guarantee)
+    result = {
+        "schema": "veilmart.publish/1", "release_id": release.release_id.hex(), "title": release.title, "index": receipt.index,
+        "epsilon_spec": epsilon, "delta": delta, "epsilon_adapter": epsilon_of(release.adapter),
+        "epsilon_total": total_of(release), "release_bytes": len(envelope),
+        "population": population, "unit": str(guarantee.unit), "spent": price.spent, "left": price.left, "budget": price.limit,
+        "stored_bytes_sent_again": plan.stored, "receipt": str(kept),
+    }  # fmt: skip
+    if quiet:
+        console.print_lines(release.release_id.hex())
+        return
+    adapter = "no adapter"
+    if release.adapter:
+        adapter = (
+            "adapter: none (trained without differential privacy), so the total is unbounded"
+            if isinstance(release.adapter.guarantee, str)
+            else f"adapter: {release.adapter.guarantee}; together epsilon {total_of(release):.2f}"
+        )
+    lines = [
+        f"published {release.title}  position {receipt.index}, {len(envelope)} bytes signed"
+        + (" (paid before: the stored bytes were sent again)" if plan.stored else ""),
+        f"specification: epsilon {epsilon:g} at delta {delta:g}, unit {guarantee.unit}, add-or-remove-one; {adapter}",
+        f"ledger of population {population}: spent {price.spent:.2f} of {price.limit:.2f}, left {price.left:.2f}",
+        f"receipt: {kept}  (check it offline: veilmart verify release {shlex.quote(str(kept))})",
+    ]
+    show(result, as_json, lines)
+
+
+def _require_welcome(plan: Plan, policy: AdmissionPolicy) -> str:
+    """Raise NotAdmitted for a guarantee that this market refuses; return a warning where it may refuse the count, or nothing.
+
+    The number of units never decides here.  The market chose its smallest count and sees whether a release follows: with a few choices it
+    would learn the exact number.  Its admission decides on the noisy count, after the charge, and only the owner reads this warning.
+    """
+    from protocol.admission import require_adapter, require_claim
+    from protocol.specification import COUNT_STEP
+
+    require_claim(plan.release.specification.guarantee, policy)
+    if plan.trains_adapter:
+        require_adapter(plan.adapter_guarantee, policy)
+    least = policy.smallest_count or 0
+    safe = least + 3.1 * plan.noise_std / COUNT_STEP
+    if plan.units >= safe:
+        return ""
+    likely = "will probably" if plan.units < least else "may"
+    return (
+        f"warning: after noise the count {likely} be below this market's {least} and be refused, after the charge; "
+        f"from {safe:.0f} units on it will not (several small owners can release one specification together)"
+    )
+
+
+def _rule_of_thumb(strength: float) -> str:
+    if strength >= 200:
+        return 'ranks nearly as without noise, and supports a trustworthy "none"'
+    if strength >= 100:
+        return 'ranks nearly as without noise; too little for a trustworthy "none" (200)'
+    if strength >= 50:
+        return "matches will be uncertain; 100 ranks nearly as without noise"
+    return 'WARNING: the noise hides the task; 100 ranks nearly as without noise, 200 supports a trustworthy "none"'
+
+
+def _would_send(plan: Plan) -> dict[str, Any]:
+    """Return the public fields of the release as they would be sent; what is not known yet says so, and noise is never drawn for it."""
+    from protocol.codec import decode
+    from protocol.release import MAGIC
+
+    release = plan.release
+    metadata, _ = decode(MAGIC, release.body)
+    ids = {
+        "owner": release.owner, "previous": release.previous, "base_model": release.base_model, "map_id": release.specification.map_id,
+    }  # fmt: skip
+    fields: dict[str, Any] = {**{name: value.hex() for name, value in ids.items()}, **metadata}
+    if plan.trains_adapter:
+        fields["adapter"] = {"digest": "<32 bytes, not trained>", "guarantee": str(plan.adapter_guarantee), "size_bytes": "<not trained>"}
+    return fields
+
+
+def _show_plan(plan: Plan, population: str, as_json: bool) -> None:
+    price, guarantee, card = plan.price, plan.release.specification.guarantee, plan.release.card
+    strength = plan.units * guarantee.epsilon
+    payload = f"<{plan.integers} integers, not drawn>"
+    fields = _would_send(plan)
+    result = {
+        "schema": "veilmart.plan/1", "name": card.name, "records": plan.records, "units": plan.units, "population": population,
+        "unit": str(guarantee.unit), "epsilon": guarantee.epsilon, "delta": guarantee.delta,
+        "summary": card.summary, "licence": card.licence, "noise_std": plan.noise_std, "payload": payload,
+        "adapter_guarantee": str(plan.adapter_guarantee) if plan.trains_adapter else None,
+        "asked": price.asked, "spent": price.spent, "left": price.left, "total": price.total, "budget": price.limit,
+        "composed_by": str(price.rule), "n_times_epsilon": strength, "advice": _rule_of_thumb(strength), "paid_before": plan.stored,
+        "would_send": {"fields": fields, "release_bytes": plan.release_bytes, "sums_bytes": 4 * plan.integers, "signature_bytes": 64},
+    }  # fmt: skip
+    units = "" if guarantee.unit.field == "" else f" of {plan.units} units"
+    weights = "; and the adapter's weights, made from your records" if plan.trains_adapter else ""
+    adapter = "none"
+    if plan.trains_adapter:
+        private = plan.adapter_guarantee != "none"
+        adapter = (
+            f"by DP-SGD: {plan.adapter_guarantee}" if private else "trained without differential privacy: guarantee none, total unbounded"
+        )
+    spending = (
+        f"budget         paid before: the stored bytes are sent again, nothing is charged; spent {price.spent:.2f} of {price.limit:.2f}"
+        if plan.stored
+        else f"budget         asked {price.asked:.2f}, spent {price.spent:.2f}, left {price.left:.2f}; "
+        f"together {price.total:.2f} of {price.limit:.2f}"
+    )
+    lines = [
+        f"population     {population}; unit {guarantee.unit}, for life",
+        f"records        {plan.records}{units}   (stays here)",
+        f"specification  epsilon {guarantee.epsilon:g} at delta {guarantee.delta:g}; noise sigma {plan.noise_std:,.0f} a coordinate",
+        f"what leaves    {payload}, your public key, the card, signed{weights}",
+        *(f"  {name:<17}{_shown(value)}" for name, value in fields.items()),
+        f"  {'sums':<17}{payload}, {4 * plan.integers} bytes",
+        f"  {'signature':<17}64 bytes; {plan.release_bytes} bytes in all",
+        f"adapter        {adapter}",
+        spending,
+        f"n x epsilon    {strength:.0f}: {_rule_of_thumb(strength)}",
+        "nothing was drawn, sent or spent",
+    ]
+    show(result, as_json, lines)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item or '-'}" for name, item in value.items()) or "-"
+    return str(value) or "-"
+
+
+COMMANDS = {"node publish": node_publish}
