@@ -15,7 +15,6 @@ tiles makes other baby steps cheaper: then all tiles are encoded again, while ol
 from __future__ import annotations
 
 import hashlib
-import logging
 import mmap
 import threading
 from collections import OrderedDict
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from market_node.events import TileNotWritten, tell
 from market_node.store import Store
 from protocol.catalogue import Head, centred_means
 from protocol.errors import NotFound, StaleCatalogue
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from protocol.encryption import MatchPlan
     from protocol.evaluation import EncodedIndex, EncodedTile
 
-log = logging.getLogger("veilmart.market")
 
 DIGEST_BYTES = 32
 HEADER_BYTES = 2 * DIGEST_BYTES
@@ -93,7 +92,7 @@ class TileFolder:
         try:
             write_durably(self._folder / name, _checksum(name, rest) + rest)
         except OSError as error:  # a full disk costs memory and the next start time, and stops no query
-            log.error("tile not written errno=%s", error.errno)
+            tell(TileNotWritten(error.errno or 0))
             return tile
         return self.load(name, tile.diagonals.shape) or tile
 

@@ -1,27 +1,35 @@
-"""The market's process: one event loop, one TLS port, one store."""
+"""The market's process: one event loop, one store, a TLS port for everybody and one for members."""
 
 from __future__ import annotations
 
 import asyncio
-import datetime
 import fcntl
-import logging
+import gc
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
-from market_node.identity import market_identity
+from market_node.certificates import Certificates, Gate
+from market_node.doors import Doors
+from market_node.events import SuperNodeNotRegistered, short, tell, write_events
+from market_node.health import Health
+from market_node.members import Member, Members
+from market_node.quotas import UNLIMITED, Limits, Quotas
 from market_node.service import MarketService
 from market_node.store import Store
 from protocol.admission import AdmissionPolicy
-from protocol.errors import UsageError
+from protocol.errors import MarketUnreachable, UsageError, VeilmartError
 from protocol.features import FeatureMap
+from protocol.keys import write_durably
 from protocol.wire.market_pb2_grpc import add_MarketServicer_to_server
+from protocol.witness import Witness
 
 OPTIONS = [
     ("grpc.max_receive_message_length", 4 << 20),
@@ -33,11 +41,17 @@ OPTIONS = [
     ("grpc.server_handshake_timeout_ms", 3000),
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.max_concurrent_streams", 64),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 300_000),
+    # Calls that wait for the event loop.  Beyond gRPC's own limits, 1,000 to 3,000, it resets calls without a word (2,672 of 6,000 at once,
+    # measured); here the service tells each of them when to come again.
+    ("grpc.server.max_pending_requests", 20_000),
+    ("grpc.server.max_pending_requests_hard_limit", 30_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),  # clients ask every 10 s whether the connection still carries anything
     ("grpc.http2.max_ping_strikes", 2),
     ("grpc.so_reuseport", 0),  # a second market on the same port must fail, not share it
 ]
+
 GRACE_S = 5.0
+ADDRESS = "address"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +62,9 @@ class Started:
     ca: Path
     market_key: bytes
     releases: int
+    superlink: str = ""  # where the SuperLink listens on loopback, if there is one
+    members: str = ""  # where members' calls are taken, under certificates, if not at `address`
+    metrics: str = ""  # where Prometheus reads, on loopback, if anybody wants it
 
 
 @contextmanager
@@ -71,33 +88,135 @@ async def serve(
     *,
     simulation: bool,
     names: tuple[str, ...],
+    witnesses: tuple[Witness, ...],
     ready: Callable[[Started], None],
+    beside: Callable[[], AbstractContextManager[str]] | None = None,
+    everybody: bool = False,
+    fleet: str = "",
+    metrics: str = "",
+    limits: Limits = UNLIMITED,
+    members_port: int | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; `ready` is called once with the address when the port is open."""
-    with only_market(home):
-        identity = market_identity(home, (*names, *(() if host in ("0.0.0.0", "::") else (host,))), datetime.datetime.now(datetime.UTC))
+    """Serve until SIGTERM or SIGINT; `ready` is called once with the address when the port is open.
+
+    beside: what runs as long as the market does, and the address it has: the SuperLink.  everybody: who is not enrolled may publish too.
+    fleet: where SuperNodes connect, as enrolled owners are told; by default the SuperLink's own address.
+    metrics: [HOST:]PORT of loopback where Prometheus reads; "" for nowhere.  limits: what one owner may hand in within a day.
+    members_port: where members' calls are taken, under certificates; None: at the one port, on their signatures.
+    """
+    if members_port is not None and everybody:
+        raise UsageError("--members-port: this market takes releases of everybody", hint="leave out --open and --simulation, or the port")
+    if metrics:
+        from market_node.metrics import loopback
+
+        loopback(metrics)  # before there is a folder
+    with only_market(home), ExitStack() as stack:
+        doors = Doors(home, (*names, *(() if host in ("0.0.0.0", "::") else (host,))))
+        identity = doors.identity
         store = Store.open(home)
-        service = MarketService(store, feature_map, identity.market_key, simulation=simulation, policy=policy)
-        server = grpc.aio.server(options=OPTIONS)
+        members = None if everybody else Members.open(home)
+        if members is not None:
+            stack.callback(members.close)
+        quotas = Quotas.open(home, limits)
+        stack.callback(quotas.close)
+        gate = None
+        if members_port is not None:
+            certificates = Certificates.open(home)
+            stack.callback(certificates.close)
+            gate = Gate(certificates, home, members_port, doors.look)
+
+        def register(member: Member) -> str:
+            if beside is None or not member.supernode_key:
+                return ""
+            from market_node.superlink import address, register_supernode
+
+            try:
+                register_supernode(home, member.supernode_key, member.node_name, member.owner)
+            except UsageError:  # another owner's, who is asked through it: this member publishes without one
+                tell(SuperNodeNotRegistered(short(member.owner), UsageError.code))
+                return ""
+            except MarketUnreachable as error:  # Flower's words may quote anything: the code alone is logged
+                tell(SuperNodeNotRegistered(short(member.owner), error.code))
+                again = "you are enrolled; the same command again registers the SuperNode"
+                raise MarketUnreachable("market: its SuperLink does not answer", hint=again) from None
+            return fleet or address(home)
+
+        service = MarketService(
+            store, feature_map, identity.market_key,
+            simulation=simulation, policy=policy, witnesses=witnesses, members=members, register=register,
+            quotas=quotas, gate=gate,
+        )  # fmt: skip
+        counted, scrape = None, ""
+        if metrics:
+            from market_node.metrics import Metrics
+
+            counted = Metrics()
+            counted.watch(service)
+        server = grpc.aio.server(options=OPTIONS, interceptors=[counted] if counted else [])
         add_MarketServicer_to_server(service, server)  # type: ignore[no-untyped-call]
-        credentials = grpc.ssl_server_credentials([(identity.server_key, identity.server_certificate)])
+        health = Health()
+        add_HealthServicer_to_server(health, server)
+        looking: asyncio.Task[None] | None = None
         shown = f"[{host}]" if ":" in host else host
         try:
-            try:
-                bound = server.add_secure_port(f"{shown}:{port}", credentials)
-            except RuntimeError:
-                raise UsageError(f"{shown}:{port}: cannot listen there", hint="is the port in use?  --port 0 picks a free one") from None
+            bound = _listen(server, f"{shown}:{port}", doors.credentials(members=False))
+            if gate is not None:
+                gate.port = _listen(server, f"{shown}:{gate.port}", doors.credentials(members=True))
+            if counted is not None:
+                from market_node.metrics import scraped
+
+                scrape = stack.enter_context(scraped(counted, metrics))
             stop = asyncio.Event()
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, stop.set)
             await server.start()
+            looking = asyncio.create_task(doors.keep_looking())
+            service.warm.add_done_callback(keep_for_good)
             public = identity.market_key.public_key().public_bytes_raw()
-            ready(Started(f"{shown}:{bound}", identity.ca_file, public, store.head().size))
+            if members is not None:
+                # Those who enrolled while no SuperLink ran; it reads the list when it starts.
+                await asyncio.to_thread(register_members, members, register)
+            where = await asyncio.to_thread(stack.enter_context, beside()) if beside is not None else ""
+            write_durably(home / ADDRESS, f"{shown}:{bound}\n".encode(), 0o644)  # `market invite` puts it into invites
+            at = f"{shown}:{gate.port}" if gate is not None else ""
+            ready(Started(f"{shown}:{bound}", identity.ca_file, public, store.head().size, where, at, scrape))
             await stop.wait()
         finally:
+            if looking is not None:
+                looking.cancel()
+            health.stop()  # before the port closes: who watches turns to another market while calls in flight still end here
+            service.hang_up()
             await server.stop(GRACE_S)
             service.close()
             store.close()
+
+
+def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials) -> int:
+    """Return the port that was bound; raise UsageError where none was."""
+    try:
+        return int(server.add_secure_port(address, credentials))
+    except RuntimeError:
+        raise UsageError(f"{address}: cannot listen there", hint="is the port in use?  --port 0 picks a free one") from None
+
+
+def keep_for_good(_: object) -> None:
+    """Take what is loaded by now out of the collector's rounds.
+
+    Nearly all of it is modules, which stay.  A full round over them took 100 ms of CPU (measured), in which no call is answered.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def register_members(members: Members, register: Callable[[Member], str]) -> None:
+    """Register the SuperNodes of all members; one that is refused is logged and keeps neither the others nor the market from starting."""
+    for member in members.all():
+        if member.removed is not None:
+            continue
+        try:
+            register(member)
+        except VeilmartError as error:
+            tell(SuperNodeNotRegistered(short(member.owner), error.code))
 
 
 def run(
@@ -109,8 +228,34 @@ def run(
     *,
     simulation: bool,
     names: tuple[str, ...],
+    witnesses: tuple[Witness, ...],
     ready: Callable[[Started], None],
+    beside: Callable[[], AbstractContextManager[str]] | None = None,
+    everybody: bool = False,
+    fleet: str = "",
+    metrics: str = "",
+    limits: Limits = UNLIMITED,
+    members_port: int | None = None,
 ) -> None:
     """Serve in this process, with its log on stderr."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
-    asyncio.run(serve(home, host, port, feature_map, policy, simulation=simulation, names=names, ready=ready))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold the queries and answers of that moment
+    write_events(sys.stderr)
+    asyncio.run(
+        serve(
+            home,
+            host,
+            port,
+            feature_map,
+            policy,
+            simulation=simulation,
+            names=names,
+            witnesses=witnesses,
+            ready=ready,
+            beside=beside,
+            everybody=everybody,
+            fleet=fleet,
+            metrics=metrics,
+            limits=limits,
+            members_port=members_port,
+        )
+    )

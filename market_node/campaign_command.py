@@ -1,0 +1,209 @@
+"""Campaigns on the command line: `campaign run`, `campaign list`, `campaign show`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from protocol.errors import CampaignFailed, MarketUnreachable, UsageError
+
+if TYPE_CHECKING:
+    from market_node.campaigns import Campaign
+
+QUIET_INTERVAL_S = 5.0  # off a terminal at most one line so often
+
+
+def default_home() -> Path:
+    """Return the folder of everything that veilmart keeps, where VEILMART_HOME does not say otherwise."""
+    import platformdirs
+
+    return platformdirs.user_data_path("veilmart")
+
+
+Home = Annotated[
+    Path,
+    typer.Option("--home", envvar="VEILMART_HOME", default_factory=default_home, help="Folder.", show_default="the user's data folder"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def campaign_run(
+    home: Home,
+    market: Annotated[
+        str | None, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority.", show_default="this market's")
+    ] = None,
+    node: Annotated[
+        list[str] | None, typer.Option("--node", help="Name of a registered node; repeatable.", show_default="all registered")
+    ] = None,
+    epsilon: Annotated[float, typer.Option("--epsilon-spec", help="Epsilon to ask for; each owner's policy decides.")] = 1.0,
+    delta: Annotated[float, typer.Option("--delta", help="Delta to ask for.")] = 1e-6,
+    epsilon_adapter: Annotated[
+        float | None,
+        typer.Option("--epsilon-adapter", min=0.0, help="Largest epsilon of an adapter.", show_default="as each owner's policy makes it"),
+    ] = None,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds after which open nodes are missing.")] = 600.0,
+    at_least: Annotated[int, typer.Option("--at-least", min=0, help="Fail with fewer published releases than this.")] = 1,
+    resume: Annotated[str | None, typer.Option("--resume", metavar="ID", help="Go on with a campaign: only open nodes are asked.")] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the campaign's id only, no progress.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Ask nodes for a release, collect what they send and publish it; every node gets a line in the account.
+
+    Example: veilmart campaign run --market 127.0.0.1:7443 --node clinic-a --node clinic-b --timeout 900
+    """
+    from market_node.campaigns import Campaign, Plan, asked_of, campaigns_of, drive
+    from market_node.superlink import address, registered
+    from protocol.keys import signing_key
+
+    market_home = home / "market"
+    if not address(market_home):
+        raise MarketUnreachable("campaign run: no SuperLink runs on this folder", hint="start it with `veilmart market up --flower`")
+    if resume is not None:
+        campaign = Campaign.open(campaigns_of(market_home) / _id(resume))
+    else:
+        if market is None:
+            raise UsageError("campaign run: expected --market", hint="`veilmart market up` prints it")
+        nodes = registered(market_home)
+        missing = set(node or ()) - {known.name for known in nodes}
+        if missing:
+            raise UsageError(
+                f"--node: no node named {', '.join(sorted(missing))} is registered",
+                hint=f"registered: {', '.join(known.name for known in nodes) or 'none'}",
+            )
+        chosen = [known for known in nodes if not node or known.name in node]
+        if not chosen:
+            raise UsageError("campaign run: no node is registered", hint="`veilmart market invite` prints what a node needs to join")
+        key = "" if ca is not None else signing_key(market_home / "market.key").public_key().public_bytes_raw().hex()  # our own market's
+        authority = str((ca or market_home / "ca.crt").resolve())
+        most = "" if epsilon_adapter is None else repr(epsilon_adapter)
+        plan = Plan(market, authority, repr(epsilon), repr(delta), timeout, asked_of(chosen), key, most)
+        campaign = Campaign.create(campaigns_of(market_home), plan)
+    _renew_courier(market_home)
+    progress = _Progress(campaign, not (as_json or quiet))
+    try:
+        account = drive(market_home, campaign, progress)
+    except CampaignFailed:
+        progress.close()
+        if as_json:
+            _print_json(campaign.account())
+        raise
+    progress.close()
+    _show(account, as_json, quiet)
+    counts = account["counts"]
+    if counts["kept"]:
+        raise MarketUnreachable(
+            f"campaign {campaign.campaign_id}: {counts['kept']} envelopes are kept, the market did not answer",
+            hint=f"`veilmart campaign run --resume {campaign.campaign_id}` publishes them; no node is asked again for them",
+        )
+    if counts["published"] < at_least:
+        raise CampaignFailed(
+            f"campaign {campaign.campaign_id}: expected at least {at_least} published releases, got {counts['published']}",
+            hint=f"`veilmart campaign run --resume {campaign.campaign_id}` asks the open nodes again",
+        )
+
+
+def campaign_list(home: Home, as_json: Json = False) -> None:
+    """List campaigns, the oldest first.
+
+    Example: veilmart campaign list
+    """
+    from market_node.campaigns import all_campaigns, campaigns_of
+
+    accounts = [campaign.account() for campaign in all_campaigns(campaigns_of(home / "market"))]
+    if as_json:
+        rows = [{name: value for name, value in account.items() if name not in ("schema", "nodes")} for account in accounts]
+        _print_json({"schema": "veilmart.campaigns/1", "campaigns": rows})
+        return
+    _print_lines("campaign\tstate\tpublished\tof\tcause")
+    for account in accounts:
+        cells = (account["campaign"], account["state"], account["counts"]["published"], len(account["nodes"]), account["cause"] or "-")
+        _print_lines("\t".join(map(str, cells)))
+
+
+def campaign_show(
+    home: Home,
+    campaign_id: Annotated[str, typer.Argument(metavar="ID", help="Campaign, as `veilmart campaign list` prints it.")],
+    as_json: Json = False,
+) -> None:
+    """Show what became of every node of a campaign.
+
+    Example: veilmart campaign show 20260102-101500-a1b2c3
+    """
+    from market_node.campaigns import Campaign, campaigns_of
+
+    _show(Campaign.open(campaigns_of(home / "market") / _id(campaign_id)).account(), as_json, quiet=False)
+
+
+def _renew_courier(market_home: Path) -> None:
+    """Have a good certificate lie there for the campaign, where this market issues any: a port for members asks for it."""
+    import datetime
+
+    from market_node.authority import KEY
+    from market_node.certificates import courier
+    from protocol.keys import signing_key
+
+    if (market_home / KEY).exists():
+        public = signing_key(market_home / "market.key").public_key().public_bytes_raw()
+        courier(market_home, public, datetime.datetime.now(datetime.UTC))
+
+
+def _id(text: str) -> str:
+    if not text or not all(character.isalnum() or character == "-" for character in text):  # it becomes the name of a folder
+        raise UsageError("campaign: expected an id such as 20260102-101500-a1b2c3", hint="`veilmart campaign list` names them")
+    return text
+
+
+def _show(account: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    if as_json:
+        _print_json(account)
+        return
+    if quiet:
+        _print_lines(account["campaign"])
+        return
+    _print_lines(f"campaign {account['campaign']}  {account['state']}{': ' + account['cause'] if account['cause'] else ''}")
+    for node in account["nodes"]:
+        what = f"position {node['index']}" if node["outcome"] == "published" else node["reason"]
+        _print_lines("\t".join((node["name"] or str(node["node_id"]), node["outcome"], node["release_id"][:16] or "-", what or "-")))
+
+
+class _Progress:
+    """One line on standard error: how many nodes have an end."""
+
+    def __init__(self, campaign: Campaign, enabled: bool) -> None:
+        self._enabled, self._terminal, self._printed, self._last = enabled, sys.stderr.isatty(), 0.0, (-1, -1)
+        if enabled:
+            sys.stderr.write(f"campaign {campaign.campaign_id}: submitting\n")
+
+    def __call__(self, done: int, of: int) -> None:
+        now = time.monotonic()
+        if not self._enabled or (done, of) == self._last or (not self._terminal and now - self._printed < QUIET_INTERVAL_S and done < of):
+            return
+        self._printed, self._last = now, (done, of)
+        sys.stderr.write(f"\r\033[Knodes {done}/{of}" if self._terminal else f"nodes {done}/{of}\n")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Leave the line clean for what follows."""
+        if self._enabled and self._terminal:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def _print_lines(*lines: str) -> None:
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"run": campaign_run, "list": campaign_list, "show": campaign_show}
