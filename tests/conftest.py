@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,21 @@ TINY = {
     "vocab_size": 0, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def market_logs_events_alone() -> Iterator[None]:
+    """Whatever else than an event a market logs, at any level, raises where it is logged."""
+    from market_node.events import LOGGER, Event
+
+    def only_events(record: logging.LogRecord) -> bool:
+        if isinstance(record.msg, Event) and not record.args:
+            return True
+        raise TypeError(f"not an event: {record.msg!r}")
+
+    LOGGER.addFilter(only_events)
+    yield
+    LOGGER.removeFilter(only_events)
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +72,12 @@ def byte_tokenizer() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     return tokenizer
+
+
+@pytest.fixture
+def folder_in_memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder for tests that write much and say nothing about disks: in memory, where the machine has a file system there."""
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(dir=memory)) if os.access(memory, os.W_OK) else tmp_path
+    yield folder
+    shutil.rmtree(folder)

@@ -13,7 +13,7 @@ from nodes.command import build
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LINES = [(page, line) for page in PAGES for line in re.findall(r"(?:^|`)(veilmart [^`\n]+)", page.read_text(), re.MULTILINE)]
+LINES = [(page, line) for page in PAGES for line in re.findall(r"(?:^(?:    \$ )?|`)(veilmart [^`\n]+)", page.read_text(), re.MULTILINE)]
 
 
 def accept(words: list[str]) -> None:

@@ -10,16 +10,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
-    "protocol": {"protocol", "numpy", "cryptography", "grpc", "google", "rfc8785", "numba", "llvmlite", "tenseal", "zstandard"},
+    "protocol": {"protocol", "numpy", "cryptography", "grpc", "google", "numba", "llvmlite", "tenseal", "zstandard"},
     "nodes": {
         "nodes", "protocol", "numpy", "cryptography", "grpc", "typer", "click", "rich", "platformdirs",
-        "torch", "transformers", "tokenizers", "peft", "gguf", "safetensors", "flwr", "opacus",
+        "torch", "transformers", "tokenizers", "peft", "gguf", "safetensors", "flwr", "opacus", "dp_accounting", "scipy",
+        "huggingface_hub", "starlette", "uvicorn",
     },
-    "market_node": {"market_node", "protocol", "numpy", "cryptography", "grpc", "sqlalchemy", "typer", "platformdirs", "flwr"},
+    "market_node": {
+        "market_node", "protocol", "numpy", "cryptography", "grpc", "grpc_health", "prometheus_client", "sqlalchemy", "alembic",
+        "typer", "platformdirs", "flwr",
+    },
 }  # fmt: skip
 # flwr is touched by one module a side, and by the grid.
 FLOWER = {"nodes/flower.py", "nodes/grid.py", "market_node/flower.py"}
-SLOW_TO_LOAD = ("torch", "transformers", "opacus", "flwr", "tenseal", "numba", "numpy", "grpc", "sqlalchemy", "peft")
+SLOW_TO_LOAD = ("torch", "transformers", "opacus", "flwr", "tenseal", "numba", "numpy", "grpc", "sqlalchemy", "alembic", "peft")
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -74,6 +78,11 @@ def test_the_market_process_never_loads_a_model_or_a_querys_secrets():
 def test_importing_the_protocol_loads_no_model_library():
     names = [f"protocol.{path.stem}" for path in sources("protocol") if path.parent.name == "protocol" and path.stem != "__init__"]
     assert not loaded_by("import " + ", ".join(names)) & {"torch", "transformers", "opacus", "flwr", "tenseal", "numba"}
+
+
+def test_a_verifier_loads_nothing_but_cryptography():
+    loaded = loaded_by("import protocol.verify; protocol.verify.verify_bundle") - loaded_by("")
+    assert not loaded - STANDARD - {"protocol", "cryptography", "_cffi_backend"}
 
 
 def test_the_top_level_holds_what_the_design_names():

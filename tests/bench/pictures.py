@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,18 @@ SETTINGS = {
 
 def draw(result: Row, folder: Path) -> None:
     """Write the pictures of a full result."""
+    for name, picture in (("top1", _top1), ("verdicts", _verdicts), ("owners", _owners)):
+        save(picture, result, folder / f"specification-{name}.svg")
+
+
+def save(picture: Callable[[Row], Any], result: Row, file: Path) -> None:
+    """Write a picture of a result; equal results give equal bytes."""
     with plt.rc_context(SETTINGS):
-        for name, picture in (("top1", _top1), ("verdicts", _verdicts), ("owners", _owners)):
-            figure = picture(result)
-            figure.savefig(folder / f"specification-{name}.svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
-            plt.close(figure)
-            file = folder / f"specification-{name}.svg"  # the writer ends some lines with a space
-            file.write_text("\n".join(line.rstrip() for line in file.read_text().splitlines()) + "\n")
+        figure = picture(result)
+        figure.savefig(file, transparent=True, bbox_inches="tight", metadata={"Date": None})
+        plt.close(figure)
+    # The writer ends some lines with a space.
+    file.write_text("\n".join(line.rstrip() for line in file.read_text().splitlines()) + "\n")
 
 
 def _top1(result: Row) -> Any:

@@ -15,7 +15,7 @@ from protocol.hazmat.noise import NoiseSource
 from protocol.mixture import simplex_least_squares
 from protocol.privacy import Guarantee
 from protocol.scoring import Scores, Sketch, accepted_in, constants_for, score
-from protocol.specification import FEATURE_SCALE, estimate, quantise
+from protocol.specification import FEATURE_SCALE, Specification, estimate, quantise
 from tests.bench.embeddings import Task
 
 DELTA = 1e-6
@@ -55,6 +55,11 @@ def publish(owners: Sequence[Array], epsilons: Sequence[float], feature_map: Fea
     specifications = [
         estimate(quantise(own), feature_map.map_id, Guarantee(epsilon, DELTA), noise) for own, epsilon in zip(owners, epsilons, strict=True)
     ]
+    return market_of(specifications, feature_map)
+
+
+def market_of(specifications: Sequence[Specification], feature_map: FeatureMap) -> Market:
+    """Return the market of these releases."""
     columns = {views: columns_of(specifications, feature_map, views) for views in (1, 2)}
     return Market(centred_means(specifications, feature_map), columns)
 

@@ -84,7 +84,8 @@ def _with_interval(values: Sequence[float], digits: int = 1, factor: float = 100
     return f"{value} ({low} to {high})"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -101,7 +102,7 @@ def _targets(targets: Sequence[Row]) -> str:
         ]
         for t in targets
     ]
-    return _markdown(["share of queries, %", "n", "epsilon", "target", "measured (95 % over tasks)", "reached"], rows)
+    return markdown(["share of queries, %", "n", "epsilon", "target", "measured (95 % over tasks)", "reached"], rows)
 
 
 def _top1(cells: Sequence[Row], view: str, measure: str) -> str:
@@ -109,7 +110,7 @@ def _top1(cells: Sequence[Row], view: str, measure: str) -> str:
     epsilons = sorted({row["epsilon"] for row in grid}, key=float)
     counts = sorted({row["n"] for row in grid if row["epsilon"] == 0.1})
     rows = [[n, *(_percent(find(cells, n, epsilon, view)[measure][0]) for epsilon in epsilons)] for n in counts]
-    return _markdown(["n", *(f"eps {epsilon:g}" if isinstance(epsilon, float) else "no noise" for epsilon in epsilons)], rows)
+    return markdown(["n", *(f"eps {epsilon:g}" if isinstance(epsilon, float) else "no noise" for epsilon in epsilons)], rows)
 
 
 def _query_size(cells: Sequence[Row]) -> str:
@@ -120,7 +121,7 @@ def _query_size(cells: Sequence[Row]) -> str:
     rows = [
         [n, size, *(_percent(find(cells, n, 1.0, view, size)[measure][0]) for view, measure in measures)] for n in counts for size in sizes
     ]
-    return _markdown(["n", "texts", "full, top-1", "full, top-3", "prompt-only, top-1", "prompt-only, top-1, pair as one"], rows)
+    return markdown(["n", "texts", "full, top-1", "full, top-3", "prompt-only, top-1", "prompt-only, top-1, pair as one"], rows)
 
 
 def _verdicts(cells: Sequence[Row]) -> str:
@@ -141,7 +142,7 @@ def _verdicts(cells: Sequence[Row]) -> str:
         "and a declared one",
         "sibling where none is declared",
     ]
-    return _markdown([*head, "cannot tell, present", "cannot tell, absent"], rows)
+    return markdown([*head, "cannot tell, present", "cannot tell, absent"], rows)
 
 
 def _per_task(tasks: Sequence[Row]) -> str:
@@ -150,7 +151,7 @@ def _per_task(tasks: Sequence[Row]) -> str:
         shares = (_percent(t[key]) for key in ("top1", "found", "false", "sibling"))
         rows.append([t["task"], *shares, t["falsely_matched"] or "-", t["best_other"], ", ".join(t["siblings"]) or "-"])
     head = ["task", "top-1", "found", "false match", "verdict sibling, left out", "matched falsely", "best of the others"]
-    return _markdown([*head, "declared siblings"], rows)
+    return markdown([*head, "declared siblings"], rows)
 
 
 def _owners(result: Row) -> str:
@@ -171,11 +172,11 @@ def _owners(result: Row) -> str:
         )
     kinds = list(result["total_variation"]["rules"]["LLR"]["by_kind"])
     head = ["rule", "TV loss x 100", *kinds, "distance loss x 100", "LLR minus rule, TV", "LLR minus rule, distance"]
-    return _markdown([*head, "% of picks among the noisiest fifth"], rows)
+    return markdown([*head, "% of picks among the noisiest fifth"], rows)
 
 
 def _heterogeneous(rows: Sequence[Row]) -> str:
-    return _markdown(
+    return markdown(
         ["rule", "top-1 %", "AUC(present, absent)"], [[r["rule"], _with_interval(r["top1"]), _with_interval(r["auc"], 3, 1)] for r in rows]
     )
 
@@ -191,17 +192,17 @@ def _maps(result: Row) -> str:
         verdicts = (" / ".join(_percent(find(cells, n, 1.0, "full")[m][0]) for m in ("found", "false")) for n in (200, 500))
         rows.append([name, *full, prompts, *verdicts])
     head = ["map", *(f"n={n}, eps {epsilon:g}" for n, epsilon in wanted), "prompt-only, pair as one, n=100"]
-    return _markdown([*head, "found / false, n=200", "found / false, n=500"], rows)
+    return markdown([*head, "found / false, n=200", "found / false, n=500"], rows)
 
 
 def _mixtures(rows: Sequence[Row]) -> str:
     body = [[r["n"], r["epsilon"], r["query_size"], *(_with_interval(r[k], 3, 1) for k in ("plain", "corrected"))] for r in rows]
-    return _markdown(["n", "epsilon", "texts", "plain", "noise taken off"], body)
+    return markdown(["n", "epsilon", "texts", "plain", "noise taken off"], body)
 
 
 def _cost(result: Row) -> str:
     cost = result["cost"]
-    return _markdown(
+    return markdown(
         ["what", "measured", "target"],
         [
             [f"{cost['records']} records from embeddings to specification, CPU s", cost["cpu_seconds"], "<= 0.25"],

@@ -14,7 +14,7 @@ OWNERS = ("bank-letters", "rail-desk")
 EPSILON = ("--epsilon", "8", "--largest-epsilon", "8", "--budget", "16")
 
 
-MARKET = ("--largest-epsilon", "8", "--smallest-count", "1")
+MARKET = ("--open", "--largest-epsilon", "8", "--smallest-count", "1")
 
 
 def write_task(path, name, split, count):

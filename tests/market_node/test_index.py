@@ -212,7 +212,7 @@ def test_a_full_disk_stops_no_query(store, small_tiles, monkeypatch, caplog):
     index = opened(store)
     index.refresh()
     assert same(newest(index, store).index, from_scratch(store, 9))
-    assert "tile not written" in caplog.text
+    assert "TileNotWritten" in caplog.text
 
 
 def test_a_refresh_that_fails_is_tried_again_at_the_next_release(tmp_path, monkeypatch, caplog):
@@ -229,7 +229,7 @@ def test_a_refresh_that_fails_is_tried_again_at_the_next_release(tmp_path, monke
     store = Store.open(tmp_path)
     market = MarketService(store, MAP, OWNER, simulation=False)
     assert asyncio.run(publish_twice(market)) == ["refresh", "refresh"]
-    assert "index not refreshed kind=KeyError" in caplog.text
+    assert "IndexFailed kind=KeyError" in caplog.text
     market.close()
     store.close()
 

@@ -22,7 +22,7 @@ from protocol.release import AdapterReference
 from protocol.wire import market_pb2 as pb
 from protocol.wire.market_pb2_grpc import MarketStub
 from tests.market_node.market import running_market
-from tests.protocol.worlds import DIMENSION, envelope_of, small_map
+from tests.protocol.worlds import DIMENSION, adapter_bytes, envelope_of, small_map
 
 MAP, OWNER = small_map(), Ed25519PrivateKey.generate()
 SIZE = 3
@@ -136,12 +136,13 @@ def test_a_simulation_takes_simulated_releases(tmp_path):
 
 
 def test_a_market_says_what_it_takes_and_takes_it(tmp_path):
-    policy = AdmissionPolicy(8.0, None, 1)
+    policy = AdmissionPolicy(8.0, None, 1, 4.0)
     with running_market(tmp_path, MAP, policy=policy) as (address, ca, _):
         channel = connect(address, ca)
         stub = MarketStub(channel)
         told = described(stub).admission
         assert (told.largest_epsilon, told.delta, told.smallest_count) == ("8.0", "", 1)
+        assert told.largest_adapter_epsilon == "4.0"
         assert publish(stub, envelope_of(MAP, OWNER, guarantee=Guarantee(8.0, 1e-5), count=60)).index == 0
         channel.close()
 
@@ -152,13 +153,14 @@ def upload(stub, digest: bytes, size: int, *parts: bytes):
 
 
 def test_an_adapter_comes_back_as_it_went(stub):
-    data = bytes(range(256)) * 500
+    data = adapter_bytes(width=1200)
     digest = hashlib.sha256(data).digest()
     upload(stub, digest, len(data), *(data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES)))
     assert b"".join(chunk.data for chunk in stub.DownloadAdapter(pb.AdapterRequest(digest=digest), timeout=10)) == data
 
 
 BAD_UPLOADS = {
+    "no adapter": (hashlib.sha256(b"abcd").digest(), 4, [b"abcd"], "adapter"),
     "another digest": (bytes(32), 4, [b"abcd"], "adapter"),
     "fewer bytes": (hashlib.sha256(b"abcd").digest(), 5, [b"abcd"], "adapter"),
     "more bytes": (hashlib.sha256(b"abcd").digest(), 3, [b"abcd"], "adapter"),
@@ -253,8 +255,9 @@ def test_an_upload_that_breaks_off_leaves_nothing(market):
     for _ in range(2 * services.UPLOADS_AT_ONCE):  # more than there are places
         with pytest.raises(grpc.RpcError):
             stub.UploadAdapter(half(), timeout=10)
-    upload(stub, hashlib.sha256(b"next").digest(), 4, b"next")
-    assert {path.name for path in set(store._adapters.iterdir()) - before} == {hashlib.sha256(b"next").hexdigest()}
+    after = adapter_bytes(alpha=7)
+    upload(stub, hashlib.sha256(after).digest(), len(after), after)
+    assert {path.name for path in set(store._adapters.iterdir()) - before} == {hashlib.sha256(after).hexdigest()}
 
 
 @pytest.fixture

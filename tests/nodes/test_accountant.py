@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nodes.accountant import prv_epsilon
+from nodes.accountant import prv_epsilon, second_opinion
 from protocol.privacy import Event, Gaussian, PoissonSampledGaussian, composed_epsilon, filter_epsilon, ledger_epsilon, renyi_epsilon
 from tests.vectors.make_accounting import DELTA, HISTORIES, figures
 
@@ -32,6 +32,7 @@ def test_the_stored_figures_are_of_these_histories():
 def test_the_stored_figures_are_what_dp_accounting_says():
     for name, made in figures().items():
         assert made == pytest.approx(STORED["epsilon"][name], rel=1e-6)
+        assert second_opinion(events_of(HISTORIES[name]), DELTA) == pytest.approx(made["pld"], rel=1e-6)
 
 
 def test_renyi_composition_agrees_with_dp_accounting(history):

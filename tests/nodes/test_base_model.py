@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from nodes import base_model
-from nodes.base_model import FILES, LORA_RANK, BaseModel, _public_factor, import_model, model_id
+from nodes.adapter import public_factor
+from nodes.base_model import FILES, LORA_RANK, BaseModel, import_model, model_id
 from nodes.records import Pair, Prompt, Text
 from protocol.errors import ModelError
 from protocol.features import EmbeddingKind
@@ -218,7 +219,7 @@ def test_a_gradient_is_that_of_the_models_own_loss(tiny_model_directory: Path) -
     records = [RECORDS[0], RECORDS[3]]
     embedding = model.embed_alone(records, layer=model.layers, kind=EmbeddingKind.LORA_GRADIENTS)
     projection = model._llama.model.layers[-1].mlp.down_proj
-    factor = torch.from_numpy(_public_factor(LORA_RANK, projection.in_features))
+    factor = torch.from_numpy(public_factor(LORA_RANK, projection.in_features))
     for row, record in enumerate(records):
         encoded = model.encode(record)
         tokens = torch.tensor([encoded.tokens])

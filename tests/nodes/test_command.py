@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nodes.command import _unit
+from nodes.commands.options import name_from, unit_in
 from protocol.errors import UsageError
 from protocol.privacy import PrivacyUnit
 from protocol.release import Card
@@ -36,8 +36,10 @@ def test_help_answers_in_half_a_second(tmp_path):
 
 
 COMMANDS = [
-    "demo", "sim", "find", "pull", "ask", "market up", "node publish", "node ledger", "node backup", "node restore", "node repair",
-    "model import", "map fit", "map show", "catalogue export", "verify answer",
+    "demo", "sim", "find", "pull", "ask", "market up", "node publish", "node train", "node ledger", "node backup", "node restore",
+    "node repair", "model import", "map fit", "map show", "catalogue export", "verify answer",
+    "campaign run", "campaign list", "campaign show", "paths", "node up",
+    "audit training", "audit node", "browse",
 ]  # fmt: skip
 
 
@@ -65,7 +67,10 @@ def test_wrong_input_gets_one_clear_error_and_its_exit_code(tmp_path):
         (6, ["find", good, "--market", "127.0.0.1:9", "--ca", ca], "no answer"),
         (2, ["node", "publish", "--data", good], "--market"),
         (2, ["node", "publish", "--data", good, "--dry-run", "--base", str(tmp_path)], "model directory"),
-        (2, ["node", "publish", "--data", good, "--dry-run", "--epsilon-adapter", "8"], "none"),
+        (2, ["node", "publish", "--data", good, "--dry-run", "--epsilon-adapter", "some"], "a number or 'none'"),
+        (2, ["node", "publish", "--data", good, "--dry-run", "--epsilon-adapter", "-1"], "epsilon"),
+        (2, ["node", "train", "--data", good, "--epsilon-adapter", "nan"], "epsilon"),
+        (2, ["node", "train", "--data", good, "--base", str(tmp_path)], "model directory"),
         (2, ["node", "publish", "--data", good, "--dry-run", "--epsilon", "0"], "epsilon"),
         (2, ["node", "publish", "--data", good, "--dry-run", "--unit", "a b"], "unit"),
         (2, ["node", "publish", "--data", good, "--dry-run", "--unit", "text"], "whom it belongs to"),
@@ -120,13 +125,13 @@ def test_a_traceback_appears_only_on_request(tmp_path):
 
 @pytest.mark.parametrize(("text", "unit"), [("record", ""), ("person", "person"), ("field:person", "person")])
 def test_a_unit_is_taken_as_it_is_printed(tmp_path, text, unit):
-    assert _unit(text, tmp_path) == PrivacyUnit(unit)
+    assert unit_in(text, tmp_path) == PrivacyUnit(unit)
 
 
 @pytest.mark.parametrize("text", ["field:", "field:field:person", "recor d"])
 def test_what_is_no_unit_is_refused(tmp_path, text):
     with pytest.raises(UsageError, match="unit"):
-        _unit(text, tmp_path)
+        unit_in(text, tmp_path)
 
 
 def test_a_card_that_is_no_utf8_is_the_callers_mistake(tmp_path):
@@ -136,3 +141,10 @@ def test_a_card_that_is_no_utf8_is_the_callers_mistake(tmp_path):
     command = ("node", "publish", "--data", written(tmp_path / "a.jsonl", '{"text": "a"}'), "--dry-run", "--no-train")
     done = veilmart(*command, "--summary", os.fsdecode(b"caf\xe9"), home=tmp_path)
     assert (done.returncode, "UTF-8" in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("My Notes 2026.jsonl", "my-notes-2026"), ("données.txt", "donn-es"), ("...", "learnware"), ("x" * 90, "x" * 63)]
+)
+def test_a_learnware_without_a_name_is_called_after_its_file(file, name):
+    assert Card(name_from(Path(file))).name == name

@@ -9,8 +9,9 @@ from nodes.base_model import BaseModel
 from nodes.finetune import Recipe
 from nodes.guard import Guard, Order, Policy, map_alone
 from nodes.ledger import Budget
+from nodes.private_training import PrivateRecipe
 from nodes.simulate import seeded_noise
-from protocol.errors import BudgetSpent, IncompatibleSpecification, PopulationConflict, RecordError, UsageError
+from protocol.errors import BudgetSpent, IncompatibleSpecification, PopulationConflict, RecordError, TrainingFailed, UsageError
 from protocol.features import default_map
 from protocol.hazmat.noise import NoiseSource
 from protocol.privacy import Guarantee, PrivacyUnit
@@ -19,6 +20,7 @@ from tests.nodes.owners import MARKER, make_guard, tiny_map, write_records
 
 ONE = Order(Guarantee(1.0, 1e-6))
 FAST = Recipe(rank=2, max_steps=2)
+PRIVATE = PrivateRecipe(Guarantee(8.0, 1e-6), rank=2, steps=2, rate=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +302,20 @@ def test_an_order_that_says_nothing_does_not_take_the_place_of_one_that_does(tmp
     assert open_envelope(guard.collect()).specification.guarantee.epsilon == 1.0
 
 
+@pytest.mark.parametrize(("recipe", "most", "served"), [
+    (Recipe(max_steps=1), None, True), (Recipe(max_steps=1), 8.0, False),
+    (PRIVATE, None, True), (PRIVATE, 8.0, True), (PRIVATE, 3.0, False), (None, 3.0, True),
+])  # fmt: skip
+def test_an_order_may_decline_the_adapter_that_the_policy_makes_and_never_loosens_it(tmp_path, data, model, recipe, most, served):
+    guard = make_guard(tmp_path / "home", data, model, recipe=recipe, policy=Policy(Budget(20.0, 1e-6)))
+    guard.request(Order(ONE.guarantee, epsilon_adapter=most))
+    guard.work()
+    assert (guard.collect() is not None) is served
+    assert [str(error)[:10] for error in guard.failures] == ([] if served else ["epsilon of"])
+    if served and recipe is PRIVATE:
+        assert "epsilon 8" in str(open_envelope(guard.collect()).adapter.guarantee)
+
+
 @pytest.mark.parametrize("limit", [float("nan"), float("inf"), 0.0, -1.0])
 @pytest.mark.parametrize("field", ["largest_epsilon", "smallest_epsilon"])
 def test_a_limit_that_limits_nothing_is_no_policy(field, limit):
@@ -316,6 +332,25 @@ def test_an_order_cannot_measure_the_number_of_records_by_its_delta(tmp_path, da
         guard.work()
         told.append((guard.status(), guard.collect()))
     assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("stage", ["_one_pass", "_train"])
+def test_no_memory_is_one_error_after_which_the_same_command_goes_on_and_pays_once(tmp_path, data, model, monkeypatch, stage):
+    """With the error of torch itself, which is a RuntimeError like any other."""
+    import torch
+
+    guard = make_guard(tmp_path / "home", data, model, recipe=PRIVATE, policy=Policy(Budget(20.0, 1e-6)))
+    with monkeypatch.context() as patched:
+        patched.setattr(guard, stage, lambda *_: torch.empty(1 << 50))
+        with pytest.raises(TrainingFailed, match="out of memory") as caught:
+            guard.release(ONE)
+        assert "dry-run" in caught.value.hint
+        patched.setattr(guard, stage, lambda *_: torch.empty(2).view(3))
+        with pytest.raises(RuntimeError, match="invalid"):  # the control: other errors stay what they are
+            guard.release(ONE)
+    release = open_envelope(guard.release(ONE))
+    assert release.adapter is not None
+    assert len(guard._ledger.entries()) == 2, "one training, one specification"
 
 
 # Features --------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 
@@ -464,6 +464,17 @@ def test_a_ledger_whose_writer_was_killed_is_no_damaged_one(tmp_path):
         path.with_name("l.db-journal").write_bytes(journal)
         assert look() in (("default", RECORD), entries, 3)
     assert list(tmp_path.glob("l.db.damaged-*")) == []
+    path.unlink()  # lost, and the journal of its writer is still there
+    path.with_name("l.db-journal").write_bytes(journal)
+    before = copy.read_bytes()
+    assert restore(copy, path, "default") == 3
+    assert not path.with_name("l.db-journal").exists()
+    assert copy.read_bytes() == before
+    path.with_name("l.db-journal").write_bytes(journal)  # the control: the restored ledger is not what is read then
+    restored = path.read_bytes()
+    with suppress(LedgerDamaged, sqlite3.DatabaseError), closing(sqlite3.connect(path)) as db:
+        db.execute("SELECT 1 FROM sqlite_schema").fetchone()
+    assert path.read_bytes() != restored
 
 
 @pytest.mark.parametrize("content", [b"", b"no database" * 500])

@@ -16,6 +16,7 @@ from protocol.errors import (
     FormatError,
     IncompatibleSpecification,
     InvalidAdapter,
+    InvalidProof,
     InvalidSignature,
     MarketUnreachable,
     NotAdmitted,
@@ -27,11 +28,11 @@ from protocol.features import shipped_map
 from protocol.privacy import Guarantee, PrivacyUnit
 from protocol.release import AdapterReference, open_envelope
 from protocol.wire import market_pb2 as pb
-from tests.market_node.market import running_market
-from tests.protocol.worlds import envelope_of, small_map
+from tests.market_node.market import TakesAnything, running_market
+from tests.protocol.worlds import adapter_bytes, envelope_of, small_map
 
 MAP = small_map()
-DATA = b"adapter" * 40_000
+DATA = adapter_bytes(width=2500)
 ADAPTER = AdapterReference(hashlib.sha256(DATA).digest(), len(DATA))
 
 
@@ -50,7 +51,7 @@ def test_an_honest_market_is_believed_and_only_news_is_fetched(tmp_path):
         assert catalogue.release_ids == mirror.catalogue.release_ids == [open_envelope(e).release_id for e in envelopes]
         before = client.traffic.received["catalogue"]
         assert client.sync(MAP).release_ids == catalogue.release_ids
-        assert client.traffic.received["catalogue"] - before < 200  # a head, no rows
+        assert client.traffic.received["catalogue"] - before < 600  # a head and a checkpoint, no rows
         client.publish(envelope_of(MAP, Ed25519PrivateKey.generate(), seed=9))
         assert len(client.sync(MAP).names) == len(client.mirror(MAP).releases) == 4
         assert client.download_adapter(ADAPTER) == DATA
@@ -76,6 +77,11 @@ def test_a_local_copy_of_another_form_is_dropped(tmp_path):
             _write_entries(folder / "rows", [b"x" * 57, b"y" * 60])  # one entry a row, as before catalogue v2
             found = ask(MAP)
             assert len(getattr(found, "catalogue", found)) == 3
+
+
+def forget_checkpoint(home):
+    for kept in (home / "catalogues").glob("*.checkpoint"):
+        kept.unlink()
 
 
 def lying(**methods):
@@ -154,7 +160,7 @@ def test_a_lie_is_refused_and_nothing_is_stored(tmp_path, methods, ask, error):
         envelopes = publish_three(client)
         with pytest.raises(error):
             ask(client, envelopes)
-    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.suffix != ".market-key"]
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.suffix not in (".market-key", ".checkpoint")]
 
 
 FLOODS = {
@@ -216,11 +222,12 @@ def test_a_mirror_of_another_history_than_the_rows_is_refused(tmp_path):
     with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
         publish_three(client)
         client.sync(MAP)
-    for name in ("market.db", "market.db-wal", "market.db-shm"):
+    for name in ("market.db", "market.db-wal", "market.db-shm", "newest.checkpoint"):
         (tmp_path / "m" / name).unlink(missing_ok=True)  # the same key starts again with other releases
     with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
+        forget_checkpoint(tmp_path / "home")  # found out without it as well
         publish_three(client)
-        with pytest.raises(InvalidSignature, match="two histories"):
+        with pytest.raises(InvalidProof, match="two histories"):
             client.mirror(MAP)
         with pytest.raises(FormatError):
             client.sync(MAP)
@@ -266,8 +273,14 @@ def test_text_of_a_market_cannot_drive_a_terminal(tmp_path):
 
 def test_a_pull_with_a_bad_adapter_stores_nothing(tmp_path):
     """The digest is right, the content is no adapter: refused before anything is written."""
-    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
-        publish_three(client)
+    rubbish = b"adapter" * 40_000
+    reference = AdapterReference(hashlib.sha256(rubbish).digest(), len(rubbish))
+    with (
+        running_market(tmp_path / "m", MAP, service_type=TakesAnything) as (address, ca, _),
+        MarketClient(address, ca, tmp_path / "home") as client,
+    ):
+        client.upload_adapter(reference, rubbish)
+        client.publish(envelope_of(MAP, Ed25519PrivateKey.generate(), seed=1, adapter=reference))
         with pytest.raises(InvalidAdapter):
             pull_learnware("owner-1", client, tmp_path / "home", MAP)
     assert local_learnware("owner-1", tmp_path / "home") is None
@@ -368,7 +381,10 @@ def test_the_privacy_unit_is_in_the_catalogue_and_at_the_pull(tmp_path):
 
 @answering
 async def no_policy(self, request, context):
-    return pb.MarketDescription(market_key=self._public, map_ids=[self._map.map_id], head=self._signed(self._store.head()))
+    return pb.MarketDescription(
+        market_key=self._public, map_ids=[self._map.map_id], head=self._signed(self._store.head()),
+        checkpoint=self._checkpoint(*self._store.log()),
+    )  # fmt: skip
 
 
 def test_a_market_that_states_no_policy_is_refused(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nodes.base_model import BaseModel
-from nodes.command import _require_welcome, _rule_of_thumb, _show_plan
+from nodes.commands.publish import _require_welcome, _rule_of_thumb, _show_plan
 from nodes.finetune import Recipe
 from nodes.guard import Order, Policy
 from nodes.ledger import Budget

@@ -45,7 +45,7 @@ class Owner:
         """As `veilmart node publish` does: compare, then draw, then send."""
         write_records(self.data, count)
         guard = self.guard(noise)
-        guard.require_current(self.client.releases_of(guard.owner, self.map))
+        guard.require_current(self.client.releases_of(guard.owners, self.map))
         envelope = guard.release(ONE)
         self.client.publish(envelope)
         return envelope
@@ -78,7 +78,7 @@ def test_an_older_copy_of_the_ledger_is_noticed_and_nothing_is_drawn_until_it_is
         owner.guard(forbidden_noise()).release(ONE)
 
     ledger = Ledger.open(owner.ledger_file, POLICY.budget)
-    envelopes = owner.client.releases_of(owner.guard().owner, owner.map)
+    envelopes = owner.client.releases_of(owner.guard().owners, owner.map)
     assert ledger.absorb(envelopes) == 2
     assert ledger.absorb(envelopes) == 0
     assert [entry.origin for entry in ledger.entries()] == [Origin.DRAWN, Origin.MARKET, Origin.MARKET]
@@ -129,7 +129,7 @@ def test_a_release_drawn_from_the_old_copy_stays_charged_beside_the_markets(owne
     write_records(owner.data, 152)
     orphan = owner.guard().release(ONE)  # drawn before anybody compared
     ledger = Ledger.open(owner.ledger_file, POLICY.budget)
-    ledger.absorb(owner.client.releases_of(owner.guard().owner, owner.map))
+    ledger.absorb(owner.client.releases_of(owner.guard().owners, owner.map))
     assert [entry.envelope for entry in ledger.entries()[1:]] == [orphan, newer], "both numbers 2, both paid"
     assert ledger.latest() == newer
     assert open_envelope(owner.publish(153)).release_number == 3
@@ -142,7 +142,7 @@ def test_a_lost_ledger_is_rebuilt_from_the_market(owner):
     with pytest.raises(LedgerBehind):
         owner.publish(152, forbidden_noise())
     ledger = Ledger.open(owner.ledger_file, POLICY.budget)
-    assert ledger.absorb(owner.client.releases_of(owner.guard().owner, owner.map)) == 2
+    assert ledger.absorb(owner.client.releases_of(owner.guard().owners, owner.map)) == 2
     assert [entry.envelope for entry in ledger.entries()] == published
     assert owner.guard().price(ONE.guarantee).spent == pytest.approx(spent)
 
@@ -172,7 +172,7 @@ def test_a_ledger_of_another_unit_absorbs_nothing(owner):
     owner.publish(150)
     ledger = Ledger.open(owner.home / "other.db", POLICY.budget, unit=PrivacyUnit("person"))
     with pytest.raises(PopulationConflict, match="unit"):
-        ledger.absorb(owner.client.releases_of(owner.guard().owner, owner.map))
+        ledger.absorb(owner.client.releases_of(owner.guard().owners, owner.map))
     assert ledger.entries() == []
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from protocol.admission import LENIENT, AdmissionPolicy, admit, require_claim
+from protocol.admission import LENIENT, AdmissionPolicy, admit, require_adapter, require_claim
 from protocol.errors import NotAdmitted, UsageError
-from protocol.privacy import Guarantee, noise_variance
+from protocol.privacy import NOT_PRIVATE, Guarantee, PoissonSampledGaussian, PrivateTraining, noise_variance, sampled_multiplier
 from protocol.specification import COUNT_STEP, FEATURE_SCALE, NORM_SQUARED, Specification
 
 POLICY = AdmissionPolicy()
@@ -122,7 +122,29 @@ def test_an_owner_can_ask_before_paying():
             require_claim(guarantee, POLICY)
 
 
-@pytest.mark.parametrize("wrong", [{"largest_epsilon": 0.0}, {"largest_epsilon": math.nan}, {"delta": 0.5}, {"smallest_count": 0}])
+def promise(epsilon: float, delta: float = 1e-6) -> PrivateTraining:
+    guarantee = Guarantee(epsilon, delta)
+    return PrivateTraining(guarantee, PoissonSampledGaussian(sampled_multiplier(guarantee, 0.125, 40), 0.125, 40))
+
+
+def test_adapters_are_taken_by_what_the_policy_asks_of_them():
+    strict = AdmissionPolicy(largest_adapter_epsilon=8.0)
+    for taken in (NOT_PRIVATE, promise(9.0), promise(8.0, 1e-5)):
+        require_adapter(taken, POLICY)  # a policy that asks for nothing
+        with pytest.raises(NotAdmitted, match=r"adapter.*8 or less"):
+            require_adapter(taken, strict)
+    require_adapter(promise(8.0), strict)
+    require_adapter(promise(8.0, 1e-7), strict)
+    require_adapter(promise(8.0, 1e-5), AdmissionPolicy(delta=None, largest_adapter_epsilon=8.0))
+
+
+NO_POLICY = (
+    {"largest_epsilon": 0.0}, {"largest_epsilon": math.nan}, {"delta": 0.5}, {"smallest_count": 0},
+    {"largest_adapter_epsilon": 0.0}, {"largest_adapter_epsilon": math.inf},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", NO_POLICY)
 def test_a_policy_without_meaning_is_refused(wrong):
     with pytest.raises(UsageError):
         AdmissionPolicy(**wrong)

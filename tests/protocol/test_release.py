@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from protocol.errors import FormatError, InvalidSignature, UnsupportedVersion, VeilmartError
 from protocol.features import default_map
-from protocol.privacy import PrivacyUnit
-from protocol.release import MAGIC, open_envelope, parse_release
+from protocol.privacy import Guarantee, PoissonSampledGaussian, PrivacyUnit, PrivateTraining, sampled_multiplier, training_to_plain
+from protocol.release import MAGIC, AdapterReference, open_envelope, parse_release
 from tests.protocol.worlds import ADAPTER, envelope_of, release_of, small_map
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -88,6 +88,54 @@ def test_a_signed_release_that_breaks_a_rule_is_refused(cheat):
     open_envelope(with_metadata(lambda m: None))
     with pytest.raises(FormatError):
         open_envelope(with_metadata(cheat))
+
+
+PRIVATE = PrivateTraining(Guarantee(8.0, 1e-6), PoissonSampledGaussian(sampled_multiplier(Guarantee(8.0, 1e-6), 0.125, 40), 0.125, 40))
+PRIVATE_ADAPTER = AdapterReference(b"a" * 32, 1000, PRIVATE)
+
+
+def with_guarantee(change) -> bytes:
+    """A signed release whose adapter's guarantee was changed."""
+
+    def swap(metadata) -> None:
+        metadata["adapter"]["guarantee"] = training_to_plain(PRIVATE)
+        change(metadata["adapter"]["guarantee"])
+
+    return with_metadata(swap)
+
+
+def test_an_adapters_guarantee_reads_back_with_its_mechanism():
+    release = open_envelope(envelope_of(MAP, KEY, adapter=PRIVATE_ADAPTER))
+    assert release.adapter == PRIVATE_ADAPTER
+    assert str(release.adapter.guarantee) == "epsilon 8.0 at delta 1e-06, unit record"
+
+
+WAYS_TO_CLAIM = {
+    "a smaller epsilon than the mechanism keeps": lambda g: g.update(epsilon="7.9"),
+    "a smaller delta": lambda g: g.update(delta="1e-09"),
+    "more steps": lambda g: g["event"].update(steps=60),
+    "a higher rate": lambda g: g["event"].update(sampling_rate="0.25"),
+    "less noise": lambda g: g["event"].update(multiplier="0.5"),
+    "noise that is no number": lambda g: g["event"].update(multiplier="nan"),
+    "hardly any noise": lambda g: g["event"].update(multiplier="1e-300"),
+    "a rate above one": lambda g: g["event"].update(sampling_rate="1.5"),
+    "steps without end": lambda g: g["event"].update(steps=10**12),
+    "another mechanism": lambda g: g["event"].update(kind="laplace"),
+    "a single gaussian": lambda g: g.update(event={"kind": "gaussian", "multiplier": "9.0"}),
+    "another unit than the specification's": lambda g: g.update(unit="field:person"),
+    "replace-one": lambda g: g.update(relation="replace-one"),
+    "no mechanism": lambda g: g.pop("event"),
+    "an extra field": lambda g: g.update(loss="0.1"),
+    "an extra field of the mechanism": lambda g: g["event"].update(loss="0.1"),
+    "another spelling": lambda g: g.update(epsilon="8.00"),
+}
+
+
+@pytest.mark.parametrize("claim", WAYS_TO_CLAIM.values(), ids=WAYS_TO_CLAIM)
+def test_a_guarantee_that_its_mechanism_does_not_keep_is_refused(claim):
+    open_envelope(with_guarantee(lambda guarantee: None))
+    with pytest.raises(FormatError):
+        open_envelope(with_guarantee(claim))
 
 
 def payload_start() -> int:

@@ -3,6 +3,7 @@
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from protocol.adapter import MODULES, Adapter, tensor_name
 from protocol.features import EmbeddingKind, FeatureMap, ScoringConstants, View
 from protocol.hazmat.noise import operating_system
 from protocol.privacy import Guarantee
@@ -53,6 +54,13 @@ def release_of(
 
 def envelope_of(feature_map: FeatureMap, key: Ed25519PrivateKey, **how) -> bytes:
     return sign_release(release_of(feature_map, key, **how), key)
+
+
+def adapter_bytes(alpha: int = 1, width: int = 4, rank: int = 2) -> bytes:
+    """Return the bytes of an adapter that changes nothing, 14 * 4 * rank * width and a header; another alpha gives other bytes."""
+    shapes = {"A": (rank, width), "B": (width, rank)}
+    tensors = {tensor_name(0, module, side): np.zeros(shapes[side], np.float32) for module in MODULES for side in "AB"}
+    return Adapter(tensors, "ab" * 32, rank, alpha, 0, 0).to_bytes()
 
 
 ADAPTER = AdapterReference(bytes(range(32)), 1000)
