@@ -32,7 +32,7 @@ def market_process(home: Path, program: str | None = None, options: tuple[str, .
     """Yield (what the market said when ready, its process); its log goes to home/market.log."""
     home.mkdir(parents=True, exist_ok=True)
     what = ["-c", program] if program else ["-m", "nodes.command"]
-    command = [sys.executable, *what, "market", "up", "--port", "0", "--json", *options]
+    command = [sys.executable, *what, "market", "up", "--no-page", "--port", "0", "--json", *options]
     with (home / "market.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment(home))
         try:
