@@ -72,6 +72,7 @@ def _bind(host: str, port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+        bound.listen(128)  # whoever is told of the address may connect at once
     except OSError as error:
         bound.close()
         raise UsageError(f"--page {host}:{port}: {error.strerror}", hint="is the port in use?  0 picks a free one") from None
