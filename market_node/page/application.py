@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -234,7 +235,8 @@ class Views:
             return Page("veilmart.page-check/1", "check.html", {"found": None})
         form = await read_form(request, proofs.MAX_BYTES + 4096)
         _, data = form.files.get("file", ("", b""))
-        found = await _in_thread(lambda: proofs.checked(data or proofs.bytes_of(form.fields.get("proof", "")), self._reading))
+        data = data or proofs.bytes_of(form.fields.get("proof", ""))
+        found = await run_in_threadpool(proofs.checked, data, self._reading)
         return Page("veilmart.page-check/1", "check.html", {"found": found}, status=200 if found["verified"] else 422)
 
     # Health ---------------------------------------------------------------------------------------------------------------
@@ -255,12 +257,6 @@ class Views:
         del request
         serving = self._condition.now()["serving"]
         return PlainTextResponse("serving\n" if serving else "not serving\n", 200 if serving else 503)
-
-
-async def _in_thread(call: Any) -> Any:
-    from starlette.concurrency import run_in_threadpool
-
-    return await run_in_threadpool(call)
 
 
 def _commands(entry: Entry, address: str, market_key: str) -> list[dict[str, str]]:
