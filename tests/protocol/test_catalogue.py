@@ -20,7 +20,7 @@ from protocol.catalogue import (
     open_cards,
     open_mirror,
     open_rows,
-    parse_card,
+    parse_cards,
     parse_terms,
     scalars_of,
     sign_head,
@@ -247,7 +247,16 @@ def test_cards_lie_one_after_the_other_and_nothing_else_does():
             split_cards(cut, count)
     for body in (TABLES.cards[0] + b"x", TABLES.cards[0][:33], bytes(32) + b"\x01 ", bytes(32) + b"\x02\xff\xff"):
         with pytest.raises(FormatError):
-            parse_card(body)
+            parse_cards([body])
+
+
+def test_cards_that_are_read_together_are_those_that_are_read_alone():
+    assert parse_cards(TABLES.cards) == [parse_cards([body])[0] for body in TABLES.cards]
+    assert parse_cards([]) == []
+    whole, broken = TABLES.cards[0], bytes(32) + b"\x03a\nb"  # which is two good names, one a line
+    for bodies in ([broken], [whole, broken], [broken, whole], [whole, bytes(32) + b"\x02a\n"], [whole, whole[:33]]):
+        with pytest.raises(FormatError):
+            parse_cards(bodies)
 
 
 def test_a_mirror_recomputes_everything():
