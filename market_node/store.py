@@ -46,10 +46,11 @@ from protocol.catalogue import (
     pages_of,
     root_of_pages,
 )
+from protocol.claims import Claims, parse_claims
 from protocol.errors import AlreadyPublished, FormatError, InvalidAdapter, NotFound, Unauthorised, UsageError
 from protocol.features import FeatureMap
 from protocol.notices import Kind, Notice
-from protocol.release import MAX_ADAPTER_BYTES, SIGNATURE_BYTES, Release, open_envelope
+from protocol.release import MAX_ADAPTER_BYTES, NO_ID, SIGNATURE_BYTES, Release, open_envelope
 from protocol.transparency import (
     EMPTY_ROOT,
     HASH_BYTES,
@@ -123,6 +124,7 @@ SAME = select(RELEASES.c.position, RELEASES.c.release_id).where(
 ENDED = select(NOTICES.c.position).where(
     NOTICES.c.owner == bindparam("of"), (NOTICES.c.kind == str(Kind.REVOCATION)) | (NOTICES.c.kind == str(Kind.ROTATION))
 )
+STANDING = "release_id NOT IN (SELECT release_id FROM gone)"
 GONE = Table("gone", METADATA, Column("release_id", LargeBinary(32), primary_key=True))
 
 
@@ -218,12 +220,17 @@ class Store:
         with self._engine.connect() as db:
             return any(_names_adapter(db, self._adapter_in_envelope, digest, key) for key in line)
 
-    def owner_naming(self, digest: bytes) -> bytes | None:
-        """Return the owner of the first release that names this adapter; `require_map` comes before."""
+    def naming(self, digest: bytes, owner: bytes | None = None) -> Iterator[Claims]:
+        """Yield what the releases say that stand and name this adapter, of this owner if one is given; `require_map` comes before."""
+        if digest == NO_ID:
+            return
+        line = self.line_of(owner) if owner is not None else []
+        whose = f"AND owner IN ({', '.join('?' * len(line))})" if owner is not None else ""
+        query = f"SELECT envelope FROM release WHERE {self._adapter_in_envelope} = ? AND {STANDING} {whose} ORDER BY position LIMIT 1000"
         with self._engine.connect() as db:
-            query = f"SELECT owner FROM release WHERE {self._adapter_in_envelope} = ? ORDER BY position LIMIT 1"
-            found = db.exec_driver_sql(query, (digest,)).first()
-            return bytes(found.owner) if found else None
+            found = db.exec_driver_sql(query, (digest, *line)).all()
+        for (envelope,) in found:
+            yield parse_claims(bytes(envelope)[:-SIGNATURE_BYTES])
 
     def holds(self, release_id: bytes) -> bool:
         """Return whether a release is here."""
@@ -693,9 +700,10 @@ def _adapter_in_envelope(dimension: int) -> str:
 
 
 def _names_adapter(db: Any, where: str, digest: bytes, owner: bytes | None = None) -> bool:
-    standing = "release_id NOT IN (SELECT release_id FROM gone)"
+    if digest == NO_ID:  # stands where a release names none
+        return False
     whose, values = ("", [digest]) if owner is None else ("AND owner = ?", [digest, owner])
-    query = f"SELECT 1 FROM release WHERE {where} = ? AND {standing} {whose} LIMIT 1"
+    query = f"SELECT 1 FROM release WHERE {where} = ? AND {STANDING} {whose} LIMIT 1"
     return db.exec_driver_sql(query, tuple(values)).first() is not None
 
 

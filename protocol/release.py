@@ -16,6 +16,7 @@ from protocol.claims import MAGIC as MAGIC
 from protocol.claims import MAX_ADAPTER_BYTES as MAX_ADAPTER_BYTES
 from protocol.claims import MAX_ENVELOPE_BYTES as MAX_ENVELOPE_BYTES
 from protocol.claims import NAME as NAME
+from protocol.claims import NO_ID as NO_ID
 from protocol.claims import SIGNATURE_BYTES as SIGNATURE_BYTES
 from protocol.claims import AdapterReference as AdapterReference
 from protocol.claims import Card as Card
