@@ -511,14 +511,26 @@ class MarketService(MarketServicer):
 
     def _keep_notice(self, notice: Notice, data: bytes) -> pb.NoticeReceipt:
         rotation = notice.kind is Kind.ROTATION
-        # Not where it is logged already: then the new key is a member by this very notice.
-        if rotation and self._members is not None and self._members.knows(notice.subjects[0]) and self._store.may_own(notice.owner):
-            raise Unauthorised("notice: the new key is a member's")
+        new = rotation and not self._store.has_notice(data)
+        if new:  # where it is logged already, the new key is a member by this very notice
+            self._require_rotation(notice)
         index, entries = self._store.append_notice(notice, data)
+        if new and self._quotas is not None:
+            self._quotas.charge(self._store.line_of(notice.owner)[0], Quota.ROTATIONS, 1, int(time.time()))
         if rotation and self._members is not None:  # after the commit: who is killed here sends the same notice again
             self._members.rotate(notice.owner, notice.subjects[0], int(time.time()))
             hand_over_supernode(self._store.home, notice.owner, notice.subjects[0])
         return pb.NoticeReceipt(index=index, inclusion=inclusion_in(entries, index), head=self._signed_notices(entries))
+
+    def _require_rotation(self, notice: Notice) -> None:
+        """Raise Unauthorised or QuotaExceeded for an owner who is nobody here, or goes on under one key after the other."""
+        known = self._members is not None and self._members.knows(notice.owner)
+        if not known and not self._store.knows(notice.owner):
+            raise Unauthorised("notice: nothing here is of this key")
+        if self._members is not None and self._members.knows(notice.subjects[0]) and self._store.may_own(notice.owner):
+            raise Unauthorised("notice: the new key is a member's")
+        if self._quotas is not None:
+            self._quotas.require(self._store.line_of(notice.owner)[0], Quota.ROTATIONS, 1, int(time.time()))
 
     def _notices(self) -> tuple[list[bytes], pb.NoticesHead]:
         entries = self._store.notices()

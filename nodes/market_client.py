@@ -18,6 +18,7 @@ from protocol.admission import AdmissionPolicy, admit_release
 from protocol.aggregation import Aggregates, open_aggregates, require_honest
 from protocol.catalogue import (
     EMPTY_HEAD,
+    MAX_TERMS,
     MAX_TERMS_BYTES,
     PAGE_SIZE,
     ROW,
@@ -74,7 +75,6 @@ from protocol.witness import Witness, require_witnessed, require_witnessed_notic
 
 TRANSFER_TIMEOUT_S = 120.0
 MAX_CATALOGUE_BYTES = 1 << 30  # a hostile market could otherwise fill the memory before it shows a signed size
-MAX_TERMS = 1 << 16
 MIN_ENTRY_BYTES = 64  # a signature, or a base model and a guarantee; shorter entries would cost many times their bytes in memory
 MAX_ANSWER_BYTES = 1 << 26  # read of one answer before the call is cancelled, whatever was expected
 PAGES_A_CALL = 64

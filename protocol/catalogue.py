@@ -41,6 +41,7 @@ NAMES = re.compile(rf"(?:{NAME.pattern}\n)*{NAME.pattern}")  # of many cards, a 
 EMPTY_HEAD = bytes(32)
 PAGE_SIZE = 4096  # cards chained and fetched together
 MAX_TERMS_BYTES = 4096
+MAX_TERMS = 1 << 16  # of a catalogue: a market takes no more, since its clients would not
 ROW = np.dtype(
     [
         ("count", "<f4"),  # n~, rounded before the mean is formed, so that everybody derives the same mean

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from protocol import catalogue as catalogues
 from protocol.catalogue import (
     EMPTY_HEAD,
+    MAX_TERMS_BYTES,
     ROW,
     Catalogue,
     Tables,
@@ -30,7 +31,8 @@ from protocol.catalogue import (
 from protocol.codec import decode, encode
 from protocol.errors import FormatError, IncompatibleSpecification, InvalidSignature, NotFound
 from protocol.privacy import RECORD, PrivacyUnit
-from protocol.release import Card
+from protocol.release import Card, open_envelope, sign_release
+from tests.protocol.test_admission import promise
 from tests.protocol.worlds import ADAPTER, ONE, release_of, small_map
 
 MAP, OWNER, MARKET = small_map(), Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
@@ -53,6 +55,24 @@ def signed(tables: Tables):
 def test_a_row_has_sixteen_bytes():
     assert ROW.itemsize == 16
     assert len(TABLES.rows) == 16 * len(RELEASES)
+
+
+WORST = {"control characters": "\x01" * 500, "quotes": '"' * 500, "four bytes each": "\U0001f5dd" * 500, "nothing": ""}
+
+
+@pytest.mark.parametrize("text", WORST.values(), ids=WORST)
+def test_what_a_release_may_say_its_terms_may_say(text):
+    """Else one owner's release, which a market takes, would keep every client from reading the catalogue."""
+    unit = PrivacyUnit("f" * 63)
+    training = promise(1.2345678901234567, 1.2345678901234567e-10)
+    training = replace(training, guarantee=replace(training.guarantee, unit=unit))
+    longest = release_of(MAP, OWNER, guarantee=replace(ONE, unit=unit), adapter=replace(ADAPTER, guarantee=training))
+    longest = replace(longest, card=Card("n" * 63, summary=text, licence=text))
+    terms, card = Terms.of(longest), card_of(longest)
+    assert parse_terms(terms.body) == terms
+    assert len(terms.body) <= MAX_TERMS_BYTES
+    assert parse_cards([card])[0].name == "n" * 63
+    assert open_envelope(sign_release(longest, OWNER)).card == longest.card
 
 
 def slow_count(release) -> float:
