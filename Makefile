@@ -12,7 +12,7 @@ demo: model
 test: model check
 	$(BIN)/python -m pytest -n $(WORKERS) -q -m "not slow and not nightly"
 slow: model
-	$(BIN)/python -m pytest -q -m slow --timeout 900
+	$(BIN)/python -m pytest -q -m "slow and not nightly" --timeout 900
 nightly: model
 	$(BIN)/python -m pytest -q -m nightly --timeout 3600
 check: setup
