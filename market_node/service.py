@@ -709,6 +709,8 @@ class MarketService(MarketServicer):
         announced = AdapterReference(bytes(first.digest), first.size_bytes)
         digest, size = announced.digest, announced.size_bytes
         named_by = await self._store_call(self._described, digest, size, caller)
+        if self._store.has_adapter(digest):  # sent again, whoever lost the answer: nothing is read
+            return pb.AdapterStored(digest=digest)
         # Without a port for members nobody says who uploads, so it is charged to the first owner whose release names it, and only when all
         # of it came with the right digest: otherwise whoever reaches the port could use up an owner's quota.  Adapters that no release
         # names share one.
