@@ -8,7 +8,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from nodes.adapter import Adapter
-from nodes.audit.training import membership
+from nodes.audit.training import Side, membership
 from nodes.base_model import BaseModel
 from nodes.commands.publish import _require_welcome
 from nodes.finetune import Recipe, finetune
@@ -55,7 +55,7 @@ def signed(model: BaseModel, reference: AdapterReference) -> tuple[Release, byte
 
 
 def tells_members(adapter: Adapter, model: BaseModel, activations) -> bool:
-    return membership(adapter, model, activations[::2], activations[1::2]).leaks
+    return membership(adapter, model, Side(activations[::2]), Side(activations[1::2])).leaks
 
 
 def test_a_market_that_asks_for_a_guarantee_takes_no_adapter_without_one(tmp_path, model):
