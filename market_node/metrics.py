@@ -51,6 +51,7 @@ class Metrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             ("veilmart_releases", "Releases under the newest checkpoint that was given out.", lambda: service.load().releases),
             ("veilmart_queries", "Queries that hold a place.", lambda: service.load().queries),
             ("veilmart_uploads", "Adapters that are being uploaded.", lambda: service.load().uploads),
+            ("veilmart_upload_bytes", "Bytes announced for these.", lambda: service.load().upload_bytes),
             ("veilmart_unsent_bytes", "Answers that their queriers have not read yet.", lambda: service.load().unsent_bytes),
         ):
             Gauge(name, text, registry=self.registry).set_function(value)

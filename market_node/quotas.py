@@ -60,6 +60,7 @@ class Quota(Enum):
 
     RELEASES = "releases"
     ADAPTER_BYTES = "bytes of adapters"
+    ROTATIONS = "new keys"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +69,20 @@ class Limits:
 
     releases: int = 100
     adapter_bytes: int = 1 << 30
+    rotations: int = 10  # each is a notice that every client keeps for ever
 
     def __post_init__(self) -> None:
-        if self.releases < 0 or self.adapter_bytes < 0:
+        if min(self.releases, self.adapter_bytes, self.rotations) < 0:
             raise UsageError("quotas: expected no negative number")
         if 0 < self.adapter_bytes < MAX_ADAPTER_BYTES:
             raise UsageError(f"quotas: expected at least {MAX_ADAPTER_BYTES >> 20} MB of adapters a day, since one may be as large")
 
     def of(self, kind: Quota) -> int:
         """Return the limit of a kind."""
-        return self.releases if kind is Quota.RELEASES else self.adapter_bytes
+        return {Quota.RELEASES: self.releases, Quota.ADAPTER_BYTES: self.adapter_bytes, Quota.ROTATIONS: self.rotations}[kind]
 
 
-UNLIMITED = Limits(0, 0)
+UNLIMITED = Limits(0, 0, 0)
 
 
 class Quotas:

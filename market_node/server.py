@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import gc
-import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -256,7 +255,6 @@ def run(
     page_map: str = "",
 ) -> None:
     """Serve in this process, with its log on stderr."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold the queries and answers of that moment
     write_events(sys.stderr)
     asyncio.run(
         serve(

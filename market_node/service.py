@@ -42,14 +42,16 @@ from market_node.matcher import Matcher
 from market_node.members import Member, Members
 from market_node.quotas import Quota, Quotas
 from market_node.relay import LINE_S, Switchboard
-from market_node.store import AdapterUpload, Log, Offer, Store, Stored, disk_is_full, read_chunks
+from market_node.store import Log, Offer, Store, Stored, disk_is_full, read_chunks
 from market_node.superlink import canonical_key, hand_over_supernode
+from market_node.uploads import Uploads
 from protocol import errors
-from protocol.adapter_check import AT_ONCE, Checkers
+from protocol.adapter_check import AT_ONCE, Checkers, Manifest, require_said
 from protocol.admission import AdmissionPolicy, admit_release
 from protocol.catalogue import PAGE_SIZE, Head, scalars_of, sign_head
 from protocol.certificates import open_request, sign_answer
 from protocol.channel import CHUNK_BYTES, CODE_KEY, RETRY_KEY
+from protocol.claims import Claims
 from protocol.codec import format_decimal
 from protocol.conflict import sign_conflict
 from protocol.encryption import STD128
@@ -57,6 +59,7 @@ from protocol.enrolment import MAX_SUPERNODE_KEY, SECRET_BYTES, verify_enrolment
 from protocol.errors import (
     FormatError,
     IncompatibleSpecification,
+    InvalidAdapter,
     InvalidProof,
     InvalidSignature,
     NotFound,
@@ -69,7 +72,7 @@ from protocol.errors import (
 from protocol.features import FeatureMap
 from protocol.notices import Kind, Notice, inclusion_in, open_notice, sign_notices
 from protocol.organisations import Organisations
-from protocol.release import open_envelope
+from protocol.release import AdapterReference, Release, open_envelope
 from protocol.transparency import Checkpoint, Receipt, open_checkpoint, origin_of, sign_checkpoint
 from protocol.wire import market_pb2 as pb
 from protocol.wire.market_pb2_grpc import MarketServicer
@@ -93,13 +96,13 @@ STATUSES: tuple[tuple[type[VeilmartError], grpc.StatusCode], ...] = (
     (errors.AlreadyPublished, grpc.StatusCode.ALREADY_EXISTS),
 )
 UPLOAD_S = 30.0  # a query must have arrived by then
+ANNOUNCEMENT_S = 10.0  # an upload that says nothing for so long is ended; it holds no place yet
 ADAPTER_S = 120.0
 QUERIES_AT_ONCE = 32  # bodies held in memory; more are refused, not queued
 QUERIES_A_PASS = 8  # share a pass over the tiles; each takes 64 kB of memory for a baby step
 REFRESH_S = 0.5
 REFUSED_INVITES, REFUSED_INVITES_S = 20, 60.0  # so many within so many seconds are refused with a word of what is wrong
 UNSENT_BYTES = 64 << 20  # answers that their queriers have not read yet; beyond them new queries are refused
-UPLOADS_AT_ONCE = 8
 RELEASES_A_COMMIT = 64  # share a transaction, a sync of the disk and the two signatures
 ENTRIES_A_READ = 256
 ROWS_A_READ = PAGE_SIZE  # together one chunk
@@ -196,6 +199,33 @@ def message_of(head: Head) -> pb.SignedHead:
     )
 
 
+def said_by(release: Release | Claims) -> Manifest:
+    """Return what a release says of its adapter."""
+    return Manifest(release.base_model.hex(), str(release.adapter.guarantee) if release.adapter is not None else "")
+
+
+def host_of(peer: str) -> str:
+    """Return where a connection comes from, without its port: who sends, where nobody shows a certificate."""
+    return peer.rpartition(":")[0]
+
+
+def data_of(chunk: pb.AdapterChunk) -> bytes:
+    """Return the bytes in a chunk of an adapter; raise FormatError for too many."""
+    if len(chunk.data) > CHUNK_BYTES:
+        raise FormatError(f"adapter: expected chunks of at most {CHUNK_BYTES} bytes, got {len(chunk.data)}")
+    return bytes(chunk.data)
+
+
+async def to_its_end(work: asyncio.Future[Answer]) -> Answer:
+    """Return what comes of work in another thread; a caller that goes away meanwhile lets go of nothing that it still uses."""
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        with suppress(Exception):
+            await work
+        raise
+
+
 def _settle(answered: asyncio.Future[Any], result: object) -> None:
     if answered.done():
         return
@@ -219,6 +249,7 @@ class Load:
     releases: int  # under the newest checkpoint that was given out
     queries: int
     uploads: int
+    upload_bytes: int  # announced for these
     unsent_bytes: int
 
 
@@ -270,7 +301,8 @@ class MarketService(MarketServicer):
         self._waiting: dict[bytes, list[tuple[Version, bytes, asyncio.Future[Any]]]] = {}
         self._queries = asyncio.Semaphore(QUERIES_AT_ONCE)
         self._unsent = 0
-        self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
+        self._uploads = Uploads()
+        self._manifests: dict[bytes, Manifest] = {}  # of adapters that were read since this market came up, by digest
         self._relay = Switchboard(
             self._public,
             functools.partial(self._store_call, self._store.envelope),
@@ -283,8 +315,8 @@ class MarketService(MarketServicer):
 
     def load(self) -> Load:
         """Return what is held now; safe from any thread."""
-        queries, uploads = QUERIES_AT_ONCE - self._queries._value, UPLOADS_AT_ONCE - self._uploads._value
-        return Load(self._given_out, queries, uploads, self._unsent)
+        uploads = self._uploads
+        return Load(self._given_out, QUERIES_AT_ONCE - self._queries._value, uploads.count, uploads.announced_bytes, self._unsent)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -348,6 +380,7 @@ class MarketService(MarketServicer):
         # The release's base model is that of its adapter; the specification is under the map, whose encoder an owner may run beside it.
         scalars = scalars_of(release, self._map)
         admit_release(release, self._policy)
+        await self._require_sound(release)
         loop, answered = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
         self._offers.append(((release, bytes(request.envelope), scalars), answered))
         # One transaction for each offer is queued; the first that gets its turn takes all that wait, and the others find nothing left.
@@ -358,6 +391,18 @@ class MarketService(MarketServicer):
         return pb.Receipt(
             release_id=release.release_id, index=stored.position, head=head, checkpoint=note, inclusion=stored.log.inclusion
         )  # fmt: skip
+
+    async def _require_sound(self, release: Release) -> None:
+        """Raise InvalidAdapter if an adapter that is here already is not what this release says of it."""
+        if release.adapter is None or not self._store.has_adapter(digest := release.adapter.digest):
+            return
+        if digest not in self._manifests:  # it came in another life of this market
+            with self._store.adapter_file(digest).open("rb") as file:
+                look = asyncio.get_running_loop().run_in_executor(self._checking, self._checkers.check, file.fileno())
+                self._manifests[digest] = await to_its_end(look)
+        require_said(self._manifests[digest], said_by(release))
+        if (size := self._store.adapter_file(digest).stat().st_size) != release.adapter.size_bytes:
+            raise InvalidAdapter(f"adapter: expected {release.adapter.size_bytes} bytes, as its release says, got {size}")
 
     @answering
     async def ProveConflict(self, request: pb.PublishRequest, context: Any) -> pb.ConflictProof:
@@ -466,14 +511,26 @@ class MarketService(MarketServicer):
 
     def _keep_notice(self, notice: Notice, data: bytes) -> pb.NoticeReceipt:
         rotation = notice.kind is Kind.ROTATION
-        # Not where it is logged already: then the new key is a member by this very notice.
-        if rotation and self._members is not None and self._members.knows(notice.subjects[0]) and self._store.may_own(notice.owner):
-            raise Unauthorised("notice: the new key is a member's")
+        new = rotation and not self._store.has_notice(data)
+        if new:  # where it is logged already, the new key is a member by this very notice
+            self._require_rotation(notice)
         index, entries = self._store.append_notice(notice, data)
+        if new and self._quotas is not None:
+            self._quotas.charge(self._store.line_of(notice.owner)[0], Quota.ROTATIONS, 1, int(time.time()))
         if rotation and self._members is not None:  # after the commit: who is killed here sends the same notice again
             self._members.rotate(notice.owner, notice.subjects[0], int(time.time()))
             hand_over_supernode(self._store.home, notice.owner, notice.subjects[0])
         return pb.NoticeReceipt(index=index, inclusion=inclusion_in(entries, index), head=self._signed_notices(entries))
+
+    def _require_rotation(self, notice: Notice) -> None:
+        """Raise Unauthorised or QuotaExceeded for an owner who is nobody here, or goes on under one key after the other."""
+        known = self._members is not None and self._members.knows(notice.owner)
+        if not known and not self._store.knows(notice.owner):
+            raise Unauthorised("notice: nothing here is of this key")
+        if self._members is not None and self._members.knows(notice.subjects[0]) and self._store.may_own(notice.owner):
+            raise Unauthorised("notice: the new key is a member's")
+        if self._quotas is not None:
+            self._quotas.require(self._store.line_of(notice.owner)[0], Quota.ROTATIONS, 1, int(time.time()))
 
     def _notices(self) -> tuple[list[bytes], pb.NoticesHead]:
         entries = self._store.notices()
@@ -640,40 +697,61 @@ class MarketService(MarketServicer):
     @answering
     async def UploadAdapter(self, request: AsyncIterator[pb.AdapterChunk], context: Any) -> pb.AdapterStored:
         """Receive an adapter."""
-        caller = None
-        if self._gate is not None:  # before it takes a place
+        caller, sender = None, host_of(context.peer())
+        if self._gate is not None:
             caller = (await self._store_call(self._gate.caller, certificate_of(context), int(time.time()))).key
-        if self._uploads.locked():
-            raise QuotaExceeded("adapters: too many uploads at once", hint="try again in a few seconds")
-        async with self._uploads, asyncio.timeout(ADAPTER_S):
-            upload: AdapterUpload | None = None
-            payer: bytes | None = None
+            sender = caller.hex()
+        async with asyncio.timeout(ANNOUNCEMENT_S):
+            first = await anext(aiter(request), None)
+        if first is None:
+            raise FormatError("adapter: expected at least one chunk")
+        await self._require_wanted(bytes(first.digest), caller)
+        announced = AdapterReference(bytes(first.digest), first.size_bytes)
+        digest, size = announced.digest, announced.size_bytes
+        named_by = await self._store_call(self._described, digest, size, caller)
+        if self._store.has_adapter(digest):  # sent again, whoever lost the answer: nothing is read
+            return pb.AdapterStored(digest=digest)
+        # Without a port for members nobody says who uploads, so it is charged to the first owner whose release names it, and only when all
+        # of it came with the right digest: otherwise whoever reaches the port could use up an owner's quota.  Adapters that no release
+        # names share one.
+        payer = await self._store_call(self._payer, caller or named_by or b"", digest, size)
+        with self._uploads.ticket(sender, size):
+            upload = self._store.receive_adapter(digest, size)
             try:
-                async for chunk in request:
-                    if len(chunk.data) > CHUNK_BYTES:
-                        raise FormatError(f"adapter: expected chunks of at most {CHUNK_BYTES} bytes, got {len(chunk.data)}")
-                    if upload is None:
-                        await self._require_wanted(bytes(chunk.digest), caller)
-                        digest, size = bytes(chunk.digest), chunk.size_bytes
-                        pays = self._payer if caller is None else functools.partial(self._paid_by, caller)
-                        payer = await self._store_call(pays, digest, size)
-                        upload = self._store.receive_adapter(digest, size)
-                    await asyncio.to_thread(upload.write, chunk.data)
-                if upload is None:
-                    raise FormatError("adapter: expected at least one chunk")
-                admit_file = functools.partial(self._admit_adapter, payer, digest, size)
-                await asyncio.get_running_loop().run_in_executor(self._checking, upload.finish, admit_file)
+                async with asyncio.timeout(ADAPTER_S):
+                    await asyncio.to_thread(upload.write, data_of(first))
+                    async for chunk in request:
+                        await asyncio.to_thread(upload.write, data_of(chunk))
+                    admit_file = functools.partial(self._admit_adapter, payer, digest, size, caller)
+                    await to_its_end(asyncio.get_running_loop().run_in_executor(self._checking, upload.finish, admit_file))
             finally:
-                if upload is not None:
-                    upload.close()
+                upload.close()
         tell(AdapterStored(short(digest)))
         return pb.AdapterStored(digest=digest)
 
-    def _admit_adapter(self, payer: bytes | None, digest: bytes, size: int, file: int) -> None:
+    def _admit_adapter(self, payer: bytes | None, digest: bytes, size: int, caller: bytes | None, file: int) -> None:
         """Return if a file that came whole may be kept, and charge for it; raise InvalidAdapter or QuotaExceeded."""
-        self._checkers.check(file)
+        manifest = self._checkers.check(file)
+        self._storing.submit(self._described, digest, size, caller, manifest).result()
         if payer is not None:
             self._storing.submit(self._charge_adapter, payer, digest, size).result()
+        self._manifests[digest] = manifest
+
+    def _described(self, digest: bytes, size: int, caller: bytes | None, manifest: Manifest | None = None) -> bytes | None:
+        """Return the owner of the first release that names an adapter and says so of it; None where no release names it.
+
+        Raises InvalidAdapter where all say something else.  One that says the truth is enough: a stranger's release may name it too, and
+        whoever pulls that one finds out.  caller: whose releases count, None for everybody's.
+        """
+        named = False
+        for claims in self._store.naming(digest, caller):
+            named = True
+            if claims.adapter is not None and claims.adapter.size_bytes == size and manifest in (None, said_by(claims)):
+                return claims.owner
+        if named:
+            found = f"{manifest.base_model[:16]}, {manifest.guarantee}" if manifest is not None else f"{size} bytes"
+            raise InvalidAdapter(f"adapter: expected what its release says of it, got {found}")
+        return None
 
     def _charge_adapter(self, payer: bytes, digest: bytes, size: int) -> None:
         # Asked again: others may have been stored while this one was on its way.  In one thread, so that two are not compared with the
@@ -683,16 +761,8 @@ class MarketService(MarketServicer):
             self._quotas.require(payer, Quota.ADAPTER_BYTES, size, now)
             self._quotas.charge(payer, Quota.ADAPTER_BYTES, size, now)
 
-    def _payer(self, digest: bytes, size: int) -> bytes | None:
-        """Return whose quota an adapter is charged to once it is stored, None for nobody's; raise QuotaExceeded beyond it.
-
-        Without a port for members nobody says who uploads, so it is charged to the first owner whose release names it, and only when all
-        of it came with the right digest: otherwise whoever reaches the port could use up an owner's quota.  Adapters that no release names
-        share one.
-        """
-        return self._paid_by(self._store.owner_naming(digest) or b"", digest, size)
-
-    def _paid_by(self, owner: bytes, digest: bytes, size: int) -> bytes | None:
+    def _payer(self, owner: bytes, digest: bytes, size: int) -> bytes | None:
+        """Return whose quota an adapter is charged to once it is stored, None for nobody's; raise QuotaExceeded beyond it."""
         if self._quotas is None or self._store.has_adapter(digest):
             return None
         self._quotas.require(owner, Quota.ADAPTER_BYTES, size, int(time.time()))

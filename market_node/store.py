@@ -38,6 +38,7 @@ from market_node.migrations import MARKET, require_newest, upgrade
 from protocol.catalogue import (
     EMPTY_CATALOGUE,
     EMPTY_HEAD,
+    MAX_TERMS,
     PAGE_SIZE,
     SCALARS_BYTES,
     Head,
@@ -48,10 +49,11 @@ from protocol.catalogue import (
     pages_of,
     root_of_pages,
 )
-from protocol.errors import AlreadyPublished, FormatError, InvalidAdapter, NotFound, Unauthorised, UsageError
+from protocol.claims import Claims, parse_claims
+from protocol.errors import AlreadyPublished, FormatError, InvalidAdapter, NotAdmitted, NotFound, Unauthorised, UsageError, VeilmartError
 from protocol.features import FeatureMap
 from protocol.notices import Kind, Notice
-from protocol.release import MAX_ADAPTER_BYTES, SIGNATURE_BYTES, Release, open_envelope
+from protocol.release import MAX_ADAPTER_BYTES, NO_ID, SIGNATURE_BYTES, Release, open_envelope
 from protocol.transparency import (
     EMPTY_ROOT,
     HASH_BYTES,
@@ -125,6 +127,7 @@ SAME = select(RELEASES.c.position, RELEASES.c.release_id).where(
 ENDED = select(NOTICES.c.position).where(
     NOTICES.c.owner == bindparam("of"), (NOTICES.c.kind == str(Kind.REVOCATION)) | (NOTICES.c.kind == str(Kind.ROTATION))
 )
+STANDING = "release_id NOT IN (SELECT release_id FROM gone)"
 GONE = Table("gone", METADATA, Column("release_id", LargeBinary(32), primary_key=True))
 
 
@@ -230,12 +233,17 @@ class Store:
         with self._engine.connect() as db:
             return any(_names_adapter(db, self._adapter_in_envelope, digest, key) for key in line)
 
-    def owner_naming(self, digest: bytes) -> bytes | None:
-        """Return the owner of the first release that names this adapter; `require_map` comes before."""
+    def naming(self, digest: bytes, owner: bytes | None = None) -> Iterator[Claims]:
+        """Yield what the releases say that stand and name this adapter, of this owner if one is given; `require_map` comes before."""
+        if digest == NO_ID:
+            return
+        line = self.line_of(owner) if owner is not None else []
+        whose = f"AND owner IN ({', '.join('?' * len(line))})" if owner is not None else ""
+        query = f"SELECT envelope FROM release WHERE {self._adapter_in_envelope} = ? AND {STANDING} {whose} ORDER BY position LIMIT 1000"
         with self._engine.connect() as db:
-            query = f"SELECT owner FROM release WHERE {self._adapter_in_envelope} = ? ORDER BY position LIMIT 1"
-            found = db.exec_driver_sql(query, (digest,)).first()
-            return bytes(found.owner) if found else None
+            found = db.exec_driver_sql(query, (digest, *line)).all()
+        for (envelope,) in found:
+            yield parse_claims(bytes(envelope)[:-SIGNATURE_BYTES])
 
     def holds(self, release_id: bytes) -> bool:
         """Return whether a release is here."""
@@ -257,11 +265,11 @@ class Store:
         Raises AlreadyPublished if the owner published other bytes under this release number.
         """
         (stored,) = self.append_all([(release, envelope, scalars)])
-        if isinstance(stored, AlreadyPublished):
+        if isinstance(stored, VeilmartError):
             raise stored
         return stored
 
-    def append_all(self, offers: Sequence[Offer]) -> list[Stored | AlreadyPublished]:
+    def append_all(self, offers: Sequence[Offer]) -> list[Stored | VeilmartError]:
         """Return what became of releases that came together, in order: one transaction and one sync of the disk for all of them.
 
         An offer that is refused changes nothing for the others; all that are stored are under the same state.
@@ -274,9 +282,7 @@ class Store:
             head, nodes = growing.head, _nodes(db)
             root, noticed = root_of(head.size, nodes), self._notices_state(db)
             return [
-                at
-                if isinstance(at, AlreadyPublished)
-                else Stored(at, head, Log(root, tuple(prove_inclusion(at, head.size, nodes)), noticed))
+                at if isinstance(at, VeilmartError) else Stored(at, head, Log(root, tuple(prove_inclusion(at, head.size, nodes)), noticed))
                 for at in placed
             ]
 
@@ -290,7 +296,7 @@ class Store:
 
         Adapters that only releases name which no longer stand are deleted after the commit.
         Raises Unauthorised for a release of another owner, for a key that was rotated away or revoked, and for one to rotate to that is
-        known here; NotFound for a release that is not here.
+        known here; NotFound for a release that is not here, or was taken back already: its owner can sign the same in other bytes for ever.
         """
         with self._writing.begin() as db:
             known = db.execute(select(NOTICES.c.position).where(NOTICES.c.body == data)).first()
@@ -298,6 +304,8 @@ class Store:
                 releases = [_release(db, release_id) for release_id in notice.taken_back]
                 if any(notice.owner not in _line(db, release.owner) for release in releases):
                     raise Unauthorised("notice: the release is of another owner")
+                if notice.kind is Kind.WITHDRAWAL and _is_gone(db, notice.subjects[0]):
+                    raise NotFound("notice: the release was taken back already")
                 if notice.kind is not Kind.REVOCATION and _line(db, notice.owner)[-1] != notice.owner:
                     raise Unauthorised("notice: this key was rotated away")
                 successor = notice.subjects[0] if notice.kind is Kind.ROTATION else None
@@ -309,7 +317,7 @@ class Store:
                 values = {"kind": str(notice.kind), "owner": notice.owner, "successor": successor, "body": data}
                 db.execute(insert(NOTICES).values(position=position, **values))
                 for release in releases:
-                    if db.execute(select(GONE).where(GONE.c.release_id == release.release_id)).first() is None:
+                    if not _is_gone(db, release.release_id):
                         db.execute(insert(GONE).values(release_id=release.release_id))
             else:
                 position = known.position
@@ -332,6 +340,16 @@ class Store:
         """Return whether a release was neither withdrawn nor revoked."""
         with self._engine.connect() as db:
             return db.execute(select(GONE).where(GONE.c.release_id == release_id)).first() is None
+
+    def has_notice(self, data: bytes) -> bool:
+        """Return whether a notice is logged."""
+        with self._engine.connect() as db:
+            return db.execute(select(NOTICES.c.position).where(NOTICES.c.body == data)).first() is not None
+
+    def knows(self, key: bytes) -> bool:
+        """Return whether a release or a notice here is of this key."""
+        with self._engine.connect() as db:
+            return _is_known(db, key)
 
     def may_own(self, owner: bytes) -> bool:
         """Return whether an owner was neither revoked nor has gone on under another key."""
@@ -367,6 +385,8 @@ class Store:
     def head_at(self, size: int) -> Head:
         """Return the state of the catalogue when it had `size` releases; raise NotFound for a size it never had."""
         with self._engine.connect() as db:
+            if size > _head(db).size:  # before it is asked for: a stranger's number may be larger than any that SQLite knows
+                raise NotFound(f"catalogue: it never had {size} releases")
             return _head(db, size)
 
     def log(self) -> tuple[Head, Log]:
@@ -629,8 +649,8 @@ class _Growing:
         self._db, self.head = db, _head(db)
         self._pages, self._terms = _page_chains(db, self.head.size), dict[bytes, int]()
 
-    def place(self, release: Release, envelope: bytes, scalars: bytes) -> int | AlreadyPublished:
-        """Return the position of a release, appended if it is new."""
+    def place(self, release: Release, envelope: bytes, scalars: bytes) -> int | VeilmartError:
+        """Return the position of a release, appended if it is new, or why it is not taken."""
         asked = {"id": release.release_id, "of": release.owner, "numbered": release.release_number}
         known = self._db.execute(SAME, asked).first()
         if known is not None and bytes(known.release_id) == release.release_id:
@@ -639,6 +659,10 @@ class _Growing:
             return AlreadyPublished(f"release {release.release_number} of this owner is published with other bytes")
         head = self.head
         number, terms_size, terms_chain = self._number_of(Terms.of(release).body)
+        if number >= MAX_TERMS:
+            return NotAdmitted(
+                f"terms: this market holds {MAX_TERMS} of them, and clients take no more", hint="use a licence that is there"
+            )
         row = scalars + number.to_bytes(4, "little")
         rows_chain, card = extend_head(head.rows, [row]), card_of(release)
         if head.size % PAGE_SIZE == 0:
@@ -660,6 +684,8 @@ class _Growing:
         size, chain = self.head.terms_size, self.head.terms
         if terms not in self._terms:
             entry = self._db.execute(select(TERMS.c.number).where(TERMS.c.body == terms)).first()
+            if entry is None and size >= MAX_TERMS:
+                return size, size, chain
             if entry is None:
                 self._db.execute(insert(TERMS), {"number": size, "body": terms})
                 self._terms[terms] = size
@@ -703,6 +729,10 @@ def _is_revoked(db: Any, owner: bytes) -> bool:
     return db.execute(select(NOTICES.c.position).where(NOTICES.c.owner == owner, revoked).limit(1)).first() is not None
 
 
+def _is_gone(db: Any, release_id: bytes) -> bool:
+    return db.execute(select(GONE).where(GONE.c.release_id == release_id)).first() is not None
+
+
 def _is_known(db: Any, key: bytes) -> bool:
     published = db.execute(select(RELEASES.c.position).where(RELEASES.c.owner == key).limit(1)).first()
     noticed = db.execute(select(NOTICES.c.position).where((NOTICES.c.owner == key) | (NOTICES.c.successor == key)).limit(1)).first()
@@ -719,9 +749,10 @@ def _adapter_in_envelope(dimension: int) -> str:
 
 
 def _names_adapter(db: Any, where: str, digest: bytes, owner: bytes | None = None) -> bool:
-    standing = "release_id NOT IN (SELECT release_id FROM gone)"
+    if digest == NO_ID:  # stands where a release names none
+        return False
     whose, values = ("", [digest]) if owner is None else ("AND owner = ?", [digest, owner])
-    query = f"SELECT 1 FROM release WHERE {where} = ? AND {standing} {whose} LIMIT 1"
+    query = f"SELECT 1 FROM release WHERE {where} = ? AND {STANDING} {whose} LIMIT 1"
     return db.exec_driver_sql(query, tuple(values)).first() is not None
 
 

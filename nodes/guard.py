@@ -71,11 +71,23 @@ class Policy:
     smallest_epsilon: float = 0.05  # of an order: its release is the only one that orders cause, and should be of use
     population: str = DEFAULT_POPULATION
     unit: PrivacyUnit = RECORD  # for life, as the population
+    largest_adapter_epsilon: float | None = None  # None: an adapter may come without a guarantee
 
     def __post_init__(self) -> None:
+        if self.largest_adapter_epsilon is not None and not self.largest_adapter_epsilon > 0:
+            raise UsageError(f"policy: expected a largest epsilon of adapters above 0, got {self.largest_adapter_epsilon:g}")
         for name, value in (("largest epsilon", self.largest_epsilon), ("smallest epsilon", self.smallest_epsilon)):
             if not (math.isfinite(value) and value > 0):  # nothing is larger than nan: as a limit it would be none
                 raise UsageError(f"policy: expected a {name} that is finite and above 0, got {value:g}", hint="2 is usual for a release")
+
+    def require_adapter(self, promise: AdapterGuarantee) -> None:
+        """Raise UsageError unless adapters under this promise may be made: asked before one is trained, whoever chose how."""
+        largest = self.largest_adapter_epsilon
+        if largest is not None and (isinstance(promise, str) or promise.guarantee.epsilon > largest):
+            raise UsageError(
+                f"adapter: the policy asks for a guarantee of epsilon {largest:g} or less, got {promise}",
+                hint="the owner's policy sets it ([adapter] require_guarantee)",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +208,8 @@ class Guard:
         if (private := self._private) is not None:  # its adapter is smaller, so the same pass runs on to a higher layer
             self._recipe = replace(private, guarantee=replace(private.guarantee, unit=self.policy.unit))
             self._split = model.layers - private.layers
+        if self._recipe is not None:
+            self.policy.require_adapter(self._promise)
         self._claims = claims or home / "claims.db"
         self._ledger = Ledger.open(home / "ledger.db", self.policy.budget, self.policy.population, self.policy.unit)
         key = home / "owner.key"

@@ -63,7 +63,7 @@ def pull_learnware(
     _require_own_row(release, wanted, catalogue, client, feature_map)
     folder = _folder(home) / release.release_id.hex()
     if release.adapter is not None:
-        check_adapter(data, release.base_model.hex())
+        check_adapter(data, release.base_model.hex(), str(release.adapter.guarantee))
         write_durably(folder / "adapter.safetensors", data)
     # The release comes last: a learnware is there once its release is there.
     write_durably(folder / "release", envelope)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from protocol.admission import AdmissionPolicy, admit_release
 from protocol.aggregation import Aggregates, open_aggregates, require_honest
 from protocol.catalogue import (
     EMPTY_HEAD,
+    MAX_TERMS,
     MAX_TERMS_BYTES,
     PAGE_SIZE,
     ROW,
@@ -47,6 +49,7 @@ from protocol.errors import (
     MarketUnreachable,
     NotAdmitted,
     NotFound,
+    QuotaExceeded,
     UsageError,
     VeilmartError,
 )
@@ -73,8 +76,8 @@ from protocol.wire.market_pb2_grpc import MarketStub
 from protocol.witness import Witness, require_witnessed, require_witnessed_notices
 
 TRANSFER_TIMEOUT_S = 120.0
+LONGEST_PAUSE_S = 10  # what a market says beyond it is for a person
 MAX_CATALOGUE_BYTES = 1 << 30  # a hostile market could otherwise fill the memory before it shows a signed size
-MAX_TERMS = 1 << 16
 MIN_ENTRY_BYTES = 64  # a signature, or a base model and a guarantee; shorter entries would cost many times their bytes in memory
 MAX_ANSWER_BYTES = 1 << 26  # read of one answer before the call is cancelled, whatever was expected
 PAGES_A_CALL = 64
@@ -339,14 +342,22 @@ class MarketClient:
         return bytes(answer.envelope)
 
     def upload_adapter(self, reference: AdapterReference, data: bytes) -> None:
-        """Send an adapter's bytes."""
+        """Send an adapter's bytes; a market that has no place for a moment is asked again, for two minutes."""
 
         def chunks() -> Iterator[Any]:
             yield pb.AdapterChunk(digest=reference.digest, size_bytes=reference.size_bytes)
             for start in range(0, len(data), CHUNK_BYTES):
                 yield pb.AdapterChunk(data=data[start : start + CHUNK_BYTES])
 
-        self._call_as_member(lambda stub: stub.UploadAdapter(chunks(), timeout=TRANSFER_TIMEOUT_S))
+        until = time.monotonic() + TRANSFER_TIMEOUT_S
+        while True:
+            try:
+                self._call_as_member(lambda stub: stub.UploadAdapter(chunks(), timeout=TRANSFER_TIMEOUT_S))
+                break
+            except QuotaExceeded as error:
+                if error.retry_after_s > LONGEST_PAUSE_S or time.monotonic() > until:
+                    raise
+                time.sleep(error.retry_after_s * random.uniform(1, 2))  # others were told the same
         self.traffic.count("adapter", len(data), 0)
 
     def download_adapter(self, reference: AdapterReference, on_progress: Callable[[int, int], None] = lambda done, of: None) -> bytes:

@@ -14,7 +14,7 @@ from nodes.guard import Policy
 from nodes.ledger import DEFAULT_POPULATION, POPULATION, Budget
 from protocol.codec import format_decimal, parse_hex
 from protocol.errors import FormatError, UsageError
-from protocol.privacy import RECORD, PrivacyUnit
+from protocol.privacy import MAX_EPSILON, RECORD, PrivacyUnit
 from protocol.sealing import MAX_QUESTION_BYTES, MAX_TOKENS
 
 EXAMPLE = """\
@@ -36,6 +36,7 @@ minimum_units = 100
 [adapter]
 release = "relay"               # none: no adapter; relay: made, stays here; public: `veilmart node publish` uploads it
 epsilon = "none"                # none: trained without a guarantee; or a number, charged as specifications are
+require_guarantee = false       # true: none is trained without one, whatever asks; largest_epsilon = 8.0 beside it limits what it states
 
 [service]
 slot_s = 3600                   # releases become visible, and orders stop counting as waiting, at multiples of this
@@ -170,6 +171,17 @@ class _Table:
             return "none"
         return format_decimal(self.number(key))
 
+    def flag(self, key: str) -> bool:
+        """Return true or false, false where it is left out."""
+        value = self._take(key, False)
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false", value)
+        return value
+
+    def holds(self, key: str) -> bool:
+        """Return whether the file has a key that was not taken yet."""
+        return key in self._content
+
     def list_of(self, key: str, kind: type) -> tuple[Any, ...]:
         value = self._take(key, [])
         if not isinstance(value, list) or not all(type(item) is kind for item in value):
@@ -217,6 +229,15 @@ def read_policy(path: Path) -> OwnerPolicy:
     release = adapter.text("release", "none")
     if release not in set(AdapterRelease):
         raise adapter.error("release", "none, relay or public", release)
+    epsilon = adapter.number_or_none("epsilon")
+    if adapter.flag("require_guarantee"):
+        largest = adapter.number("largest_epsilon", MAX_EPSILON)
+        if release != AdapterRelease.NONE and not (epsilon != "none" and float(epsilon) <= largest):
+            raise adapter.error("epsilon", f"at most {largest:g}, since require_guarantee asks for it", epsilon)
+    else:
+        largest = None
+        if adapter.holds("largest_epsilon"):
+            raise adapter.error("require_guarantee", "true beside largest_epsilon: an adapter without a guarantee has no epsilon", False)
     budget = Budget(specification.number("epsilon_for_life"), specification.number("delta", 1e-6))
     limits = Policy(
         budget,
@@ -225,11 +246,12 @@ def read_policy(path: Path) -> OwnerPolicy:
         specification.number("smallest_epsilon", 0.05),
         name,
         RECORD if unit == "record" else PrivacyUnit(unit),
+        largest,
     )
     if limits.smallest_epsilon > limits.largest_epsilon:
         raise specification.error("smallest_epsilon", "at most largest_epsilon", limits.smallest_epsilon)
     policy = OwnerPolicy(
-        limits, accept.list_of("maps", str), accept.list_of("base_models", str), AdapterRelease(release), adapter.number_or_none("epsilon"),
+        limits, accept.list_of("maps", str), accept.list_of("base_models", str), AdapterRelease(release), epsilon,
         Service(
             service.number("slot_s", 3600.0, least=0.0), service.whole("orders_per_hour", 60),
             frozenset(service.list_of("uids", int)), frozenset(service.list_of("gids", int)),

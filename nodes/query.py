@@ -211,7 +211,8 @@ def _ranked(
     releases: tuple[Release, ...] | None = None,
 ) -> Found:
     kept = filters.positions(catalogue)
-    catalogue = catalogue.only(kept.tolist())
+    if len(kept) < len(catalogue):
+        catalogue = catalogue.only(kept.tolist())
     scores = score(products[kept], catalogue.columns(sketch.views), sketch, catalogue.feature_map)
     ranked = rank(scores, catalogue, sketch)
     left = tuple(releases[at] for at in kept) if releases is not None else None

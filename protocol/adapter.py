@@ -72,6 +72,19 @@ GPT2 = Layout(
     transposed=True,
 )
 LAYOUTS = (LLAMA, GPT2)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """How many layers a base model has, and its widths: one for each group of its layout's `same_width`."""
+
+    layout: Layout
+    layers: int
+    widths: tuple[int, ...]
+
+
+# Base models that everybody knows by their identity: what is made for one of them has to fit it.  Any other is known to who loads it.
+FRAMES = {"2f93fd546ad8ae36a87e7c1ccbde1b277aa021f57926a6f611a1aff4ae0b1bde": Frame(LLAMA, 30, (576, 1536, 576, 192))}  # SmolLM2-135M
 MODULES, tensor_name = LLAMA.modules, LLAMA.tensor_name  # of the default base model
 
 
@@ -115,6 +128,8 @@ class Adapter:
         object.__setattr__(self, "tensors", MappingProxyType(frozen))
         for layer, module, side in names:
             self._check_shape(layer, module, side)
+        if (frame := FRAMES.get(self.base_model)) is not None:
+            self._check_frame(frame)
 
     @property
     def layout(self) -> Layout:
@@ -131,6 +146,17 @@ class Adapter:
         expected = (self.rank, width) if side == "A" else (width, self.rank)
         if shape != expected or not 0 < width <= MAX_WIDTH:
             raise InvalidAdapter(f"adapter, {name}: expected shape {expected}, got {shape}")
+
+    def _check_frame(self, frame: Frame) -> None:
+        layout = self.layout
+        firsts = [group[0] for group in layout.same_width]
+        shapes = [self.tensors[layout.tensor_name(self.first_layer, *first)].shape for first in firsts]
+        widths = tuple(shape[1] if side == "A" else shape[0] for (_, side), shape in zip(firsts, shapes, strict=True))
+        if (layout, widths) != (frame.layout, frame.widths) or self.last_layer >= frame.layers:
+            raise InvalidAdapter(
+                f"adapter: expected layers below {frame.layers} of widths {frame.widths}, which its base model has, "
+                f"got up to {self.last_layer} of {widths}"
+            )
 
     def to_bytes(self) -> bytes:
         """Return the canonical safetensors bytes; equal adapters give equal bytes."""

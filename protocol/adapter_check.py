@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from protocol.errors import InvalidAdapter
 
@@ -32,6 +33,13 @@ KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME")
 AT_ONCE = 2
 
 
+class Manifest(NamedTuple):
+    """What an adapter says of itself, and its release has to say as well."""
+
+    base_model: str  # hexadecimal
+    guarantee: str
+
+
 class Checkers:
     """So many checks at a time, for callers in any thread; a caller waits for its turn."""
 
@@ -41,11 +49,11 @@ class Checkers:
         for checker in self._all:
             self._idle.put(checker)
 
-    def check(self, file: int, base_model: str = ANY_BASE_MODEL) -> None:
+    def check(self, file: int, base_model: str = ANY_BASE_MODEL) -> Manifest:
         """As `Checker.check`."""
         checker = self._idle.get()
         try:
-            checker.check(file, base_model)
+            return checker.check(file, base_model)
         finally:
             self._idle.put(checker)
 
@@ -62,8 +70,8 @@ class Checker:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
 
-    def check(self, file: int, base_model: str = ANY_BASE_MODEL) -> None:
-        """Return if the file behind this descriptor is a sound adapter, for `base_model` if one is named; raise InvalidAdapter otherwise.
+    def check(self, file: int, base_model: str = ANY_BASE_MODEL) -> Manifest:
+        """Return what a sound adapter, for `base_model` if one is named, says of itself; raise InvalidAdapter for any other file.
 
         A check that crashes, or takes more memory or time than any adapter needs, is a refusal; the next one gets a new process.
         """
@@ -76,10 +84,11 @@ class Checker:
         if len(verdict) != VERDICT_BYTES:
             self.close()
             raise InvalidAdapter("adapter: its check ended without a verdict", hint="what is in the file broke its reader: do not load it")
+        # From a process that a stranger's bytes may have taken over, to a terminal: printable, and never long.
+        told = "".join(c for c in verdict[1:].rstrip(b"\0").decode("ascii", "replace") if c.isprintable())
         if not verdict.startswith(SOUND):
-            # From a process that a stranger's bytes may have taken over, to a terminal: printable, and never long.
-            told = verdict[1:].rstrip(b"\0").decode("ascii", "replace")
-            raise InvalidAdapter("".join(c for c in told if c.isprintable()) or "adapter: refused")
+            raise InvalidAdapter(told or "adapter: refused")
+        return Manifest(told[: len(ANY_BASE_MODEL)], told[len(ANY_BASE_MODEL) :])
 
     def close(self) -> None:
         """End the process and whatever it is reading."""
@@ -109,16 +118,26 @@ class Checker:
         return self._connection
 
 
-def check_adapter(data: bytes, base_model: str) -> None:
-    """Return if these bytes are a sound adapter for a base model; raise InvalidAdapter otherwise.  A process of its own reads them."""
+def check_adapter(data: bytes, base_model: str, guarantee: str) -> None:
+    """Return if these bytes are a sound adapter that says this of itself; raise InvalidAdapter otherwise.
+
+    A process of its own reads them.
+    """
     checker = Checker()
     try:
         with tempfile.TemporaryFile() as file:
             file.write(data)
             file.flush()
-            checker.check(file.fileno(), base_model)
+            require_said(checker.check(file.fileno(), base_model), Manifest(base_model, guarantee))
     finally:
         checker.close()
+
+
+def require_said(manifest: Manifest, by_release: Manifest) -> None:
+    """Raise InvalidAdapter unless an adapter says of itself what its release says of it."""
+    for name, found, expected in zip(Manifest._fields, manifest, by_release, strict=True):
+        if found != expected:
+            raise InvalidAdapter(f"adapter, {name}: expected {expected[:80]}, as its release says, got {found[:80]}")
 
 
 def _receive(connection: socket.socket) -> bytes:
@@ -131,8 +150,8 @@ def _receive(connection: socket.socket) -> bytes:
 # In the process -----------------------------------------------------------------------------------------------------------
 
 
-def judge(file: int, base_model: str) -> str:
-    """Return "" for a sound adapter, else what is wrong with it."""
+def judge(file: int, base_model: str) -> Manifest:
+    """Return what a sound adapter says of itself; raise InvalidAdapter for any other file."""
     from protocol.adapter import MAX_BYTES, Adapter
 
     data, size = [], 0
@@ -140,12 +159,10 @@ def judge(file: int, base_model: str) -> str:
         data.append(part)
         size += len(part)
     try:
-        Adapter.from_bytes(b"".join(data), base_model=None if base_model == ANY_BASE_MODEL else base_model)
-    except InvalidAdapter as error:
-        return str(error)
+        adapter = Adapter.from_bytes(b"".join(data), base_model=None if base_model == ANY_BASE_MODEL else base_model)
     except MemoryError:
-        return "adapter: reading it takes more memory than an adapter needs"
-    return ""
+        raise InvalidAdapter("adapter: reading it takes more memory than an adapter needs") from None
+    return Manifest(adapter.base_model, adapter.guarantee)
 
 
 def confine() -> None:
@@ -168,8 +185,11 @@ def serve(connection: socket.socket) -> None:
             connection.close()
             os.close(read_end)
             confine()
-            wrong = judge(files[0], asked.decode()).encode("ascii", "replace")
-            os.write(write_end, ((REFUSED + wrong) if wrong else SOUND)[:VERDICT_BYTES].ljust(VERDICT_BYTES, b"\0"))
+            try:
+                words = SOUND + "".join(judge(files[0], asked.decode())).encode()
+            except InvalidAdapter as error:
+                words = REFUSED + str(error).encode("ascii", "replace")
+            os.write(write_end, words[:VERDICT_BYTES].ljust(VERDICT_BYTES, b"\0"))
             os._exit(0)
         os.close(write_end)
         os.close(files[0])

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,9 +37,11 @@ if TYPE_CHECKING:
 TAG = domain_tag("catalogue", 2)
 TERMS = domain_tag("terms", 1)
 ADAPTER_EPSILON = re.compile(r"epsilon (\d+(?:\.\d+)?(?:e-?\d+)?) at ")
+NAMES = re.compile(rf"(?:{NAME.pattern}\n)*{NAME.pattern}")  # of many cards, a name a line: one search for all of them
 EMPTY_HEAD = bytes(32)
 PAGE_SIZE = 4096  # cards chained and fetched together
 MAX_TERMS_BYTES = 4096
+MAX_TERMS = 1 << 16  # of a catalogue: a market takes no more, since its clients would not
 ROW = np.dtype(
     [
         ("count", "<f4"),  # n~, rounded before the mean is formed, so that everybody derives the same mean
@@ -212,8 +214,7 @@ def scalars_of(release: Release, feature_map: FeatureMap) -> bytes:
     return row.tobytes()[:SCALARS_BYTES]
 
 
-@dataclass(frozen=True, slots=True)
-class CardEntry:
+class CardEntry(NamedTuple):  # as `scoring.Match`
     """How a release is called."""
 
     release_id: bytes
@@ -248,12 +249,16 @@ def split_cards(data: bytes, count: int) -> list[bytes]:
     return cards
 
 
-def parse_card(body: bytes) -> CardEntry:
-    """Return the card of its bytes; raise FormatError for a name that no release has."""
-    name = body[33:].decode("ascii", "replace")
-    if len(body) < 34 or len(body) != 33 + body[32] or not NAME.fullmatch(name):
+def parse_cards(bodies: Sequence[bytes]) -> list[CardEntry]:
+    """Return the cards of their bytes; raise FormatError for a name that no release has."""
+    if not bodies:
+        return []
+    lines = b"\n".join([body[33:] for body in bodies]).decode("ascii", "replace")
+    names = lines.split("\n")
+    whole = len(names) == len(bodies) and all(len(body) > 33 and len(body) == 33 + body[32] for body in bodies)
+    if not (whole and NAMES.fullmatch(lines)):
         raise FormatError("card: expected an id of 32 bytes and a name")
-    return CardEntry(body[:32], name)
+    return [CardEntry(body[:32], name) for body, name in zip(bodies, names, strict=True)]
 
 
 # Tables and catalogues ----------------------------------------------------------------------------------------------------
@@ -394,7 +399,7 @@ def open_cards(catalogue: Catalogue, chains: Sequence[bytes], pages: Mapping[int
     for number, page in pages.items():
         if len(page) != min(PAGE_SIZE, size - number * PAGE_SIZE) or extend_head(EMPTY_HEAD, page) != chains[number]:
             raise FormatError(f"cards: page {number} is not the one under the signed head")
-        cards.update({number * PAGE_SIZE + at: parse_card(body) for at, body in enumerate(page)})
+        cards.update(enumerate(parse_cards(page), number * PAGE_SIZE))
     return replace(catalogue, cards=cards)
 
 
@@ -404,7 +409,7 @@ def open_mirror(feature_map: FeatureMap, releases: Sequence[Release], head: Head
     catalogue = open_rows(feature_map, tables.rows, tables.terms, head, market_key)
     if tables.head().cards != head.cards:
         raise FormatError("catalogue: expected the cards of these releases under the signed head, got others")
-    return replace(catalogue, cards={position: parse_card(body) for position, body in enumerate(tables.cards)})
+    return replace(catalogue, cards=dict(enumerate(parse_cards(tables.cards))))
 
 
 # Derived numbers ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -74,8 +75,29 @@ class Card:
             raise UsageError("card: expected text in UTF-8, got other bytes", hint="set the terminal to UTF-8") from None
 
 
+class Identified(ABC):
+    """What is called after its release bytes and its card."""
+
+    card: Card
+
+    @cached_property
+    @abstractmethod
+    def body(self) -> bytes:
+        """The release bytes: what is signed, hashed and logged."""
+
+    @cached_property
+    def release_id(self) -> bytes:
+        """SHA-256 of the release bytes."""
+        return hashlib.sha256(self.body).digest()
+
+    @property
+    def title(self) -> str:
+        """How people call it: name@first digits of the id."""
+        return f"{self.card.name}@{self.release_id.hex()[:8]}"
+
+
 @dataclass(frozen=True)
-class Claims:
+class Claims(Identified):
     """One learnware as its owner signed it."""
 
     owner: bytes  # Ed25519 public key
@@ -113,16 +135,6 @@ class Claims:
         }
         ids = (self.owner, self.previous or NO_ID, self.base_model, self.map_id, adapter.digest if adapter else NO_ID)
         return encode(MAGIC, metadata, b"".join(ids) + struct.pack(f"<{len(self.noisy_sums)}i", *self.noisy_sums))
-
-    @cached_property
-    def release_id(self) -> bytes:
-        """SHA-256 of the release bytes."""
-        return hashlib.sha256(self.body).digest()
-
-    @property
-    def title(self) -> str:
-        """How people call it: name@first digits of the id."""
-        return f"{self.card.name}@{self.release_id.hex()[:8]}"
 
 
 def open_claims(envelope: bytes) -> Claims:

@@ -5,7 +5,6 @@ Its bytes are read and written in protocol/claims.py.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -16,10 +15,11 @@ from protocol.claims import MAGIC as MAGIC
 from protocol.claims import MAX_ADAPTER_BYTES as MAX_ADAPTER_BYTES
 from protocol.claims import MAX_ENVELOPE_BYTES as MAX_ENVELOPE_BYTES
 from protocol.claims import NAME as NAME
+from protocol.claims import NO_ID as NO_ID
 from protocol.claims import SIGNATURE_BYTES as SIGNATURE_BYTES
 from protocol.claims import AdapterReference as AdapterReference
 from protocol.claims import Card as Card
-from protocol.claims import Claims, open_claims, parse_claims
+from protocol.claims import Claims, Identified, open_claims, parse_claims
 from protocol.specification import Specification
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Release:
+class Release(Identified):
     """One learnware as its owner publishes it."""
 
     owner: bytes  # Ed25519 public key
@@ -48,16 +48,6 @@ class Release:
             tuple(specification.noisy_sums.tolist()), specification.noise_variance, specification.guarantee,
             self.adapter, self.card, self.simulated,
         ).body  # fmt: skip
-
-    @cached_property
-    def release_id(self) -> bytes:
-        """SHA-256 of the release bytes."""
-        return hashlib.sha256(self.body).digest()
-
-    @property
-    def title(self) -> str:
-        """How people call it: name@first digits of the id."""
-        return f"{self.card.name}@{self.release_id.hex()[:8]}"
 
 
 def sign_release(release: Release, owner_key: Ed25519PrivateKey) -> bytes:

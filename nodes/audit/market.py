@@ -15,6 +15,7 @@ from nodes.query import find_encrypted
 from protocol.admission import AdmissionPolicy, admit_release
 from protocol.errors import FormatError, InvalidProof, InvalidSignature, NotAdmitted, VeilmartError
 from protocol.features import FeatureMap
+from protocol.notices import Kind, Notice
 from protocol.proof import Finding, judge
 from protocol.release import Release, open_envelope
 from protocol.scoring import sketch_of
@@ -62,7 +63,7 @@ def audit_market(
         Check("log", True, f"{newest.size} releases under root {newest.root.hex()[:16]}, {from_}"),
         Check("releases", True, f"{len(releases)} signatures verified, all rows, terms and cards recomputed"),
     ]
-    flags = [*implausible(releases, description.admission), *copies(releases)]
+    flags = [*implausible(releases, description.admission), *copies(releases), *broken_chains(releases, client.notices())]
     if not description.simulation:
         flags += [Flag(release.title, "made with simulated noise") for release in releases if release.simulated]
     checks.append(Check("plausible", not flags, f"{len(flags)} releases flagged" if flags else "no release is implausible, none a copy"))
@@ -79,6 +80,24 @@ def implausible(releases: Sequence[Release], policy: AdmissionPolicy) -> list[Fl
             admit_release(release, policy)
         except NotAdmitted as error:
             flags.append(Flag(release.title, str(error)))
+    return flags
+
+
+def broken_chains(releases: Sequence[Release], notices: Sequence[Notice]) -> list[Flag]:
+    """Return the releases that name another predecessor than the one here: their owner's key signed two of that number.
+
+    Who copied a key, or drew again from an older ledger, leaves this trace, though each of both was shown to another market.
+    """
+    before = {notice.subjects[0]: notice.owner for notice in notices if notice.kind is Kind.ROTATION}
+    numbered = {(release.owner, release.release_number): release for release in releases}
+    flags = []
+    for release in releases:
+        owner, seen = release.owner, set[bytes]()
+        while (found := numbered.get((owner, release.release_number - 1))) is None and owner in before and owner not in seen:
+            seen.add(owner)
+            owner = before[owner]  # numbers go on under the next key
+        if found is not None and found.release_id != release.previous:
+            flags.append(Flag(release.title, f"follows another release {found.release_number} than {found.title}: its key signed two"))
     return flags
 
 

@@ -42,6 +42,7 @@ SHORTEST_SLOT_S = 60.0  # a release that takes longer than a slot says so
 AHEAD_S = 5.0  # a file's time that is further in the future than this was written by another clock
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
 PLACES = "/proc"
+NO_CORE = ("0", "1")  # bytes, as nodes/command.py sets them
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ def audit_node(deployment: Deployment, on_progress: Callable[[str, int, int], No
         lambda: permissions(deployment.home, deployment.data),
         lambda: door(deployment.socket),
         lambda: isolation(process),
+        lambda: memory(process),
         lambda: policy(deployment.policy, process),
         lambda: tls(deployment.authority, process),
         lambda: telemetry(os.environ, process),
@@ -355,6 +357,23 @@ def isolation(process: Process | None) -> Look:
     if process.user in runners:
         return Look("isolation", False, "bundles run as the guard's own user: they can read records and keys")
     return Look("isolation", True, "bundles run as another user, where records and keys are hidden (nodes/sandbox.py)")
+
+
+def memory(process: Process | None) -> Look:
+    """Whether what the guard holds in memory stays there: no crash and no lack of memory writes it to a disk."""
+    if process is None:
+        return Look("memory", None, "no guard is running here")
+    try:
+        limits = next(line for line in _text(process.number, "limits").splitlines() if line.startswith("Max core file size"))
+        swaps = [line.split()[0] for line in Path(PLACES, "swaps").read_text().splitlines()[1:]]
+    except (OSError, StopIteration):
+        return Look("memory", None, "the kernel does not tell of core dumps and swap here")
+    if not set(limits.split()[4:6]) <= set(NO_CORE):
+        return Look("memory", False, "a crash of the guard would write its memory into a core dump")
+    disks = [swap for swap in swaps if not swap.startswith("/dev/zram")]
+    if disks:
+        return Look("memory", None, f"no core dumps; but memory may be swapped to {', '.join(disks[:4])}: encrypted, or better none?")
+    return Look("memory", True, "no core dumps, and no swap on a disk")
 
 
 def policy(owner: OwnerPolicy | None, process: Process | None = None) -> Look:

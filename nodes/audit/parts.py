@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any
+
+from nodes.audit.report import to_json
 
 CHUNK = 1 << 20
 LONGEST_LICENCE = 100  # characters; some packages put the whole text where its name belongs
@@ -62,6 +64,11 @@ def bill_of(parts: Iterable[Part]) -> dict[str, Any]:
             component["properties"] = [{"name": "veilmart:record-sha256", "value": part.record_digest}]
         components.append(component)
     return {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "components": components}
+
+
+def digest_of(parts: Collection[Part]) -> dict[str, Any]:
+    """Return how many parts there are and the SHA-256 of their list as `audit parts` writes it: one digest names all that is installed."""
+    return {"schema": "veilmart.parts/1", "parts": len(parts), "sha256": hashlib.sha256(to_json(bill_of(parts))).hexdigest()}
 
 
 def _licence(one: Distribution) -> str:

@@ -157,6 +157,7 @@ def audit_training(
     recipe: PrivateRecipe,
     power: Power,
     *,
+    units: Sequence[str] | None = None,
     confidence: float = CONFIDENCE,
     workers: int = 2,
     on_progress: Progress = lambda stage, done, of: None,
@@ -166,19 +167,20 @@ def audit_training(
 ) -> TrainingAudit:
     """Return what one training under this recipe shows about its claim.
 
-    activations: of the owner's records; a fair coin each decides which are trained on.  draw, sample: the training's randomness; anything
-    but the operating system's is for tests.  import_noise: a line that names `draw` for another process.
+    activations: of the owner's records.  units: whose each record is (default: each record is a unit of its own); a fair coin for each
+    unit decides which are trained on.  draw, sample: the training's randomness; anything but the operating system's is for tests.
+    import_noise: a line that names `draw` for another process.
     """
     from nodes.private_training import Canaries, finetune_privately
 
     claim = PrivateTraining(recipe.guarantee, recipe.event)
-    inside, outside = by_coin(activations)
+    inside, outside = by_coin(activations, units)
     here, watch = coins(power.canaries), _Watch(recipe.event, power.canaries)
     order = np.flatnonzero(here)  # only canaries that are in are units of the training; every one has its weight
     canaries = Canaries(power.canaries, LENGTH, watch.see, tuple(order.tolist()))
     adapter = finetune_privately(
-        model, inside, recipe, lambda done, of: on_progress("train", done, of),
-        workers=workers, draw=draw, sample=sample, canaries=canaries,
+        model, inside.records, recipe, lambda done, of: on_progress("train", done, of),
+        units=inside.units, workers=workers, draw=draw, sample=sample, canaries=canaries,
     )  # fmt: skip
     false, true = bounded_rates(watch.statistics[~here], watch.statistics[here], confidence)
     epsilon, multiplier = _epsilon_of(recipe.event, false, true, claim.guarantee.delta)
@@ -244,43 +246,65 @@ def coins(count: int) -> NDArray[np.bool_]:
     return (np.frombuffer(secrets.token_bytes(count), np.uint8) & 1).astype(bool)
 
 
-def by_coin(activations: Sequence[Activations]) -> tuple[list[Activations], list[Activations]]:
-    """Return the records that a fair coin each puts into the training, and the others."""
-    if len(activations) < 2:
-        raise RecordError(f"audit training: expected at least 2 records, got {len(activations)}")
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Records that were trained on, or were not, and whose each is."""
+
+    records: list[Activations]
+    units: list[str] | None = None  # None: each record is a unit of its own
+
+
+def by_coin(activations: Sequence[Activations], units: Sequence[str] | None = None) -> tuple[Side, Side]:
+    """Return the records that fair coins put into the training, and the others: one coin for each unit, so that none is torn apart."""
+    whose = list(range(len(activations))) if units is None else list(np.unique(list(units), return_inverse=True)[1])
+    count = len(set(whose))
+    if count < 2:
+        raise RecordError(f"audit training: expected at least 2 records or persons, got {count}")
     while True:
-        here = coins(len(activations))
+        here = coins(count)
         if 0 < here.sum() < len(here):
             break
-    sides: tuple[list[Activations], list[Activations]] = ([], [])
-    for one, is_in in zip(activations, here, strict=True):
-        sides[0 if is_in else 1].append(one)
-    return sides
+    chosen = [[at for at, unit in enumerate(whose) if here[unit] == side] for side in (True, False)]
+    inside, outside = (
+        Side([activations[at] for at in side], None if units is None else [units[at] for at in side]) for side in chosen
+    )  # fmt: skip
+    return inside, outside
 
 
 def membership(
-    adapter: Adapter, model: BaseModel, members: Sequence[Activations], strangers: Sequence[Activations], *,
+    adapter: Adapter, model: BaseModel, members: Side, strangers: Side, *,
     workers: int = 2, on_progress: Progress = lambda stage, done, of: None,
 ) -> Membership | None:  # fmt: skip
     """Return how the loss of an adapter, less that of the base model, tells members from strangers; None with fewer than 10 of either.
 
-    members, strangers: from the same source, or what is told is the source.
+    members, strangers: from the same source, or what is told is the source.  Of a unit with several records their mean is taken.
     """
     from nodes.finetune import record_losses
 
-    members, strangers = ([one for one in side if one.encoded.has_response] for side in (members, strangers))
-    if min(len(members), len(strangers)) < FEWEST:
+    sides = [
+        [(one, str(at) if side.units is None else side.units[at]) for at, one in enumerate(side.records) if one.encoded.has_response]
+        for side in (members, strangers)
+    ]
+    counts = [len({unit for _, unit in side}) for side in sides]
+    if min(counts) < FEWEST:
         return None
-    both = [*members, *strangers]
+    both = [one for side in sides for one, _ in side]
 
     def count(done: int, _: int) -> None:
         on_progress("losses", done, len(both))
 
     with_it, without = (record_losses(model, of, both, count, workers=workers) for of in (adapter, None))
     gained = np.array(without) - np.array(with_it)
-    found = rates(gained[: len(members)], gained[len(members) :])
-    error = math.sqrt((len(both) + 1) / (12 * len(members) * len(strangers)))  # Mann and Whitney 1947
-    return Membership(len(members), len(strangers), found.auc, error)
+    inside, outside = _mean_of_units(gained[: len(sides[0])], sides[0]), _mean_of_units(gained[len(sides[0]) :], sides[1])
+    found = rates(inside, outside)
+    error = math.sqrt((sum(counts) + 1) / (12 * counts[0] * counts[1]))  # Mann and Whitney 1947
+    return Membership(counts[0], counts[1], found.auc, error)
+
+
+def _mean_of_units(gained: NDArray[np.float64], side: Sequence[tuple[Activations, str]]) -> NDArray[np.float64]:
+    _, which = np.unique([unit for _, unit in side], return_inverse=True)
+    means: NDArray[np.float64] = np.bincount(which, gained) / np.bincount(which)
+    return means
 
 
 def check_of(attack: Membership, claim: PrivateTraining | None) -> Check:

@@ -214,6 +214,8 @@ def audit_export(
 ) -> None:
     """Write releases with all that proves them into one file that is verified offline: receipts, checkpoint, proofs, map, results.
 
+    Beside them lies the digest of the list of packages that this program runs on, as `audit parts` makes it.
+
     `verify bundle` and `audit release` take it, without a network; so does `python -m protocol.verify`, where little is installed.
 
     Example: veilmart audit export --out evidence.tar --market 127.0.0.1:7443 --ca ca.crt --with report/report.json
@@ -221,6 +223,8 @@ def audit_export(
     from contextlib import ExitStack
 
     from nodes.audit.export import evidence_of_market, evidence_of_receipts
+    from nodes.audit.parts import digest_of, installed
+    from nodes.audit.report import to_json
     from nodes.audit.results import shareable
     from nodes.market_client import MarketClient, find_release_id
     from protocol.features import open_map
@@ -231,6 +235,9 @@ def audit_export(
     if (market is None) != (ca is None) or (market is None and not receipt) or (receipt and release):
         raise UsageError("audit export: expected --market and --ca, or --receipt", hint="--release chooses among a market's releases")
     feature_map, beside = open_map(which_map), shareable(results or ())
+    if "parts" in beside:
+        raise UsageError("audit export: --with parts.json takes the place of the list of parts", hint="give the file another name")
+    beside["parts"] = to_json(digest_of(installed()))
     with ExitStack() as stack:
         client = stack.enter_context(MarketClient(market, ca, home)) if market is not None and ca is not None else None
         if receipt:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from nodes.audit.specification import Check
     from nodes.audit.training import Membership, Power, TrainingAudit
     from nodes.base_model import Activations, BaseModel
-    from nodes.records import Record
+    from nodes.records import OwnedRecords, Record
+    from protocol.privacy import PrivacyUnit
 
 MOST_CANARIES = 32_000
 
@@ -46,33 +47,39 @@ def audit_training(
         Path | None, typer.Option("--strangers", help="With --adapter: records of the same source that it was not trained on.")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=2, help="Take only so many records of each file.")] = None,
+    unit: Annotated[
+        str, typer.Option("--unit", help="What the claim protects: 'record', or a field such as 'person', whose records are one unit.")
+    ] = "record",
     base: Base = None,
     as_json: Json = False,
 ) -> None:
     """Attack the training that makes adapters, in one run of it, and say what epsilon that shows.  Exit code 7 if it refutes the claim.
 
-    A fair coin each decides which records and which canaries are trained on.  The adapter of an audit is thrown away: nothing is
-    published, sent or charged, and what is printed is for the owner's eyes.  An adapter without a guarantee makes no claim: it is flagged.
+    A fair coin each decides which records, or persons, and which canaries are trained on.  The adapter of an audit is thrown away:
+    nothing is published, sent or charged, and what is printed is for the owner's eyes.  An adapter without a guarantee makes no claim:
+    it is flagged.
 
     Example: veilmart audit training --data notes.jsonl --epsilon 3
     """
     from nodes import console
-    from nodes.records import read_records
+    from nodes.records import read_owned_records
+    from protocol.privacy import RECORD, PrivacyUnit
 
     if (adapter is None) != (strangers is None):
         raise UsageError("audit training: --adapter and --strangers go together", hint="records that the adapter was not trained on")
-    records, model = read_records(data, limit), open_model(home, base)
+    protected = RECORD if unit == "record" else PrivacyUnit(unit)
+    owned, model = read_owned_records(data, 2, limit, protected), open_model(home, base)
     progress = console.ProgressLine(not as_json)
     if adapter is not None and strangers is not None:
-        _attack_file(model, adapter, records, read_records(strangers, limit), as_json, progress)
+        _attack_file(model, adapter, owned, read_owned_records(strangers, 2, limit, protected), as_json, progress)
     elif epsilon == "none":
-        _attack_unprotected(model, records, as_json, progress)
+        _attack_unprotected(model, owned, as_json, progress)
     else:
-        _audit_private(model, records, epsilon, delta, canaries, as_json, progress)
+        _audit_private(model, owned, protected, epsilon, delta, canaries, as_json, progress)
 
 
 def _audit_private(
-    model: BaseModel, records: Sequence[Record], epsilon: str, delta: float, canaries: int, as_json: bool, progress: Any
+    model: BaseModel, owned: OwnedRecords, unit: PrivacyUnit, epsilon: str, delta: float, canaries: int, as_json: bool, progress: Any
 ) -> None:
     from nodes import console
     from nodes.audit.training import POWER, audit_training, canaries_needed, power_of
@@ -80,7 +87,7 @@ def _audit_private(
     from protocol.privacy import Guarantee, PrivateTraining
 
     try:
-        recipe = PrivateRecipe(Guarantee(float(epsilon), delta))
+        recipe = PrivateRecipe(Guarantee(float(epsilon), delta, unit=unit))
     except ValueError:
         raise UsageError("--epsilon: expected a number or 'none'", hint="3 is an example") from None
     claim = PrivateTraining(recipe.guarantee, recipe.event)
@@ -94,34 +101,37 @@ def _audit_private(
         )
     if not as_json:
         console.say(_power_line(power, claim.guarantee.epsilon))
-    audit = audit_training(model, _states(model, records, model.layers - recipe.layers, progress), recipe, power, on_progress=progress)
+    states = _states(model, owned.records, model.layers - recipe.layers, progress)
+    audit = audit_training(model, states, recipe, power, units=owned.units, on_progress=progress)
     progress.close()
     show(_result(audit), as_json, [*_lines(audit.checks), *_figures(audit)])
     if audit.refuted:
         raise typer.Exit(REFUTED)
 
 
-def _attack_unprotected(model: BaseModel, records: Sequence[Record], as_json: bool, progress: Any) -> None:
+def _attack_unprotected(model: BaseModel, owned: OwnedRecords, as_json: bool, progress: Any) -> None:
     from nodes.audit.training import by_coin, check_of, membership
     from nodes.finetune import Recipe, finetune
 
-    inside, outside = by_coin(_states(model, records, model.split, progress))
-    adapter = finetune(model, inside, Recipe(), lambda done, of: progress("train", done, of))
+    inside, outside = by_coin(_states(model, owned.records, model.split, progress), owned.units)
+    adapter = finetune(model, inside.records, Recipe(), lambda done, of: progress("train", done, of))
     attack = _required(membership(adapter, model, inside, outside, on_progress=progress))
     progress.close()
     _show_attack(attack, check_of(attack, None), adapter.guarantee, False, as_json)
 
 
-def _attack_file(
-    model: BaseModel, path: Path, records: Sequence[Record], strangers: Sequence[Record], as_json: bool, progress: Any
-) -> None:
+def _attack_file(model: BaseModel, path: Path, owned: OwnedRecords, strangers: OwnedRecords, as_json: bool, progress: Any) -> None:
     from nodes.adapter import Adapter
-    from nodes.audit.training import check_of, claim_of, membership
+    from nodes.audit.training import Side, check_of, claim_of, membership
 
     adapter = Adapter.from_bytes(read_bytes(path), base_model=model.model_id)
     claim = claim_of(adapter)
-    states = _states(model, [*records, *strangers], adapter.first_layer, progress)
-    attack = _required(membership(adapter, model, states[: len(records)], states[len(records) :], on_progress=progress))
+    states = _states(model, [*owned.records, *strangers.records], adapter.first_layer, progress)
+    sides = (
+        Side(part, list(of.units) if of.units else None)
+        for part, of in ((states[: len(owned.records)], owned), (states[len(owned.records) :], strangers))
+    )
+    attack = _required(membership(adapter, model, *sides, on_progress=progress))
     progress.close()
     check = check_of(attack, claim)
     _show_attack(attack, check, adapter.guarantee, claim is not None and not check.holds, as_json)

@@ -285,7 +285,8 @@ def node_policy(
         "schema": "veilmart.policy/1", "population": limits.population, "unit": str(limits.unit), "maps": list(policy.maps),
         "base_models": list(policy.base_models), "epsilon_for_life": limits.budget.epsilon, "delta": limits.budget.delta,
         "largest_epsilon": limits.largest_epsilon, "smallest_epsilon": limits.smallest_epsilon, "minimum_units": limits.minimum_records,
-        "adapter": str(policy.adapter), "epsilon_adapter": policy.adapter_epsilon, "slot_s": policy.service.slot_s,
+        "adapter": str(policy.adapter), "epsilon_adapter": policy.adapter_epsilon,
+        "largest_epsilon_adapter": limits.largest_adapter_epsilon, "slot_s": policy.service.slot_s,
         "orders_per_hour": policy.service.orders_per_hour,
         "relay": policy.relay and {
             "askers": sorted(key.hex() for key in policy.relay.askers), "questions_per_hour": policy.relay.questions_per_hour,
@@ -293,7 +294,7 @@ def node_policy(
         },
         "schedule": schedule and {"first": schedule.first.isoformat(), "every_days": schedule.every.days, "epsilon": schedule.epsilon},
     }  # fmt: skip
-    show(result, as_json, [f"{name:<17}{value}" for name, value in result.items() if name != "schema"])
+    show(result, as_json, [f"{name:<24}{value}" for name, value in result.items() if name != "schema"])
 
 
 COMMANDS = {"node up": node_up, "node log": node_log, "node policy": node_policy}

@@ -19,18 +19,15 @@ def audit_parts(
 
     Example: veilmart audit parts --files -o parts.json
     """
-    import hashlib
-
     from nodes import console
-    from nodes.audit.parts import bill_of, installed
+    from nodes.audit.parts import bill_of, digest_of, installed
     from nodes.audit.report import to_json
     from protocol.errors import FormatError
     from protocol.keys import write_durably
 
     parts = installed()
-    data = to_json(bill_of(parts))
     if out is not None:
-        write_durably(out, data, 0o644)
+        write_durably(out, to_json(bill_of(parts)), 0o644)
     altered: dict[str, list[str]] = {}
     progress = console.ProgressLine(not as_json)
     for done, part in enumerate(parts if files else (), start=1):
@@ -38,10 +35,7 @@ def audit_parts(
             altered[part.name] = found
         progress("files", done, len(parts))
     progress.close()
-    result = {
-        "schema": "veilmart.parts/1", "parts": len(parts), "file": str(out) if out else None, "sha256": hashlib.sha256(data).hexdigest(),
-        "files_compared": files, "altered": altered,
-    }  # fmt: skip
+    result = {**digest_of(parts), "file": str(out) if out else None, "files_compared": files, "altered": altered}
     lines = [f"{part.name}\t{part.version}\t{part.licence or '-'}" for part in parts] if out is None else [f"{out}: {len(parts)} packages"]
     lines += [f"{name}: {len(found)} files are not as installed: {', '.join(found[:3])}" for name, found in altered.items()]
     show(result, as_json, lines)

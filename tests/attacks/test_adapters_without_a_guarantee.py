@@ -8,15 +8,16 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from nodes.adapter import Adapter
-from nodes.audit.training import membership
+from nodes.audit.training import Side, membership
 from nodes.base_model import BaseModel
 from nodes.commands.publish import _require_welcome
 from nodes.finetune import Recipe, finetune
 from nodes.learnwares import fetch_release, pull_learnware
 from nodes.market_client import MarketClient
+from nodes.private_training import PrivateRecipe
 from protocol.admission import AdmissionPolicy
 from protocol.catalogue import scalars_of
-from protocol.errors import NotAdmitted
+from protocol.errors import NotAdmitted, UsageError
 from protocol.hazmat.noise import operating_system
 from protocol.privacy import NOT_PRIVATE, Guarantee
 from protocol.release import AdapterReference, Card, Release, sign_release
@@ -54,7 +55,7 @@ def signed(model: BaseModel, reference: AdapterReference) -> tuple[Release, byte
 
 
 def tells_members(adapter: Adapter, model: BaseModel, activations) -> bool:
-    return membership(adapter, model, activations[::2], activations[1::2]).leaks
+    return membership(adapter, model, Side(activations[::2]), Side(activations[1::2])).leaks
 
 
 def test_a_market_that_asks_for_a_guarantee_takes_no_adapter_without_one(tmp_path, model):
@@ -112,3 +113,16 @@ def test_an_owner_is_told_before_anything_is_trained_or_charged(tmp_path, model)
         _require_welcome(plan, PRIVATE_ONLY)
     assert "--epsilon-adapter" in caught.value.hint
     _require_welcome(plan, AdmissionPolicy())
+
+
+def test_an_owner_who_asks_for_a_guarantee_trains_nothing_without_one(tmp_path, model):
+    from nodes.guard import Policy
+
+    data, strict = write_records(tmp_path / "notes.jsonl", 40), Policy(largest_adapter_epsilon=8.0)
+    for recipe in (Recipe(max_steps=2), PrivateRecipe(Guarantee(9.0, 1e-6))):
+        with pytest.raises(UsageError, match="policy asks for a guarantee"):
+            make_guard(tmp_path / "home", data, model, policy=strict, recipe=recipe)
+    assert not (tmp_path / "home").exists(), "neither trained nor charged, and no ledger begun"
+    make_guard(tmp_path / "kept", data, model, policy=strict, recipe=PrivateRecipe(Guarantee(8.0, 1e-6)))
+    make_guard(tmp_path / "alone", data, model, policy=strict)
+    make_guard(tmp_path / "any", data, model, policy=Policy(), recipe=Recipe(max_steps=2))  # the control

@@ -24,7 +24,7 @@ from safetensors.numpy import load
 from nodes.adapter import MAX_HEADER_BYTES, Adapter
 from nodes.market_client import MarketClient
 from protocol import adapter_check
-from protocol.adapter_check import Checker, check_adapter
+from protocol.adapter_check import Checker, Manifest, check_adapter
 from protocol.errors import InvalidAdapter
 from protocol.release import AdapterReference
 from tests.market_node.market import running_market
@@ -116,11 +116,11 @@ def checker():
     one.close()
 
 
-def checked(checker: Checker, data: bytes, base_model: str = BASE) -> None:
+def checked(checker: Checker, data: bytes, base_model: str = BASE) -> Manifest:
     with tempfile.TemporaryFile() as file:
         file.write(data)
         file.flush()
-        checker.check(file.fileno(), base_model)
+        return checker.check(file.fileno(), base_model)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -135,10 +135,13 @@ def test_the_process_refuses_every_file_for_the_reason_that_the_parser_has(check
 
 
 def test_the_process_lets_sound_ones_pass(checker):
-    checked(checker, GOOD)
+    assert checked(checker, GOOD) == Manifest(BASE, "none")
     checked(checker, GOOD, adapter_check.ANY_BASE_MODEL)
     with pytest.raises(InvalidAdapter, match="another"):
         checked(checker, GOOD, "cd" * 32)
+    for other in ("epsilon 8.0 at delta 1e-06, unit record", "non", ""):
+        with pytest.raises(InvalidAdapter, match="guarantee: expected"):
+            check_adapter(GOOD, BASE, other)
     largest = adapter_bytes(width=18_700, rank=64)
     assert adapter_check.MEMORY_BYTES > 6 * len(largest) > 6 * (63 << 20)
     checked(checker, largest, "ab" * 32)
@@ -235,12 +238,12 @@ raise adapter_check.InvalidAdapter("check: reached " + (", ".join(name for name,
 def reached(monkeypatch, program: str) -> str:
     monkeypatch.setattr(adapter_check, "COMMAND", (sys.executable, "-c", program + "adapter_check.main()"))
     with pytest.raises(InvalidAdapter) as told:
-        check_adapter(HOSTILE, "ab" * 32)
+        check_adapter(HOSTILE, "ab" * 32, "none")
     return str(told.value)
 
 
 def test_a_reader_reaches_nothing_but_its_file(monkeypatch):
-    told_as_a_refusal = broken(REACHES_OUT.replace("raise adapter_check.InvalidAdapter(", "return ("))
+    told_as_a_refusal = broken(REACHES_OUT)
     assert reached(monkeypatch, told_as_a_refusal) == "check: reached nothing"
     unconfined = told_as_a_refusal + "adapter_check.confine = lambda: None\n"  # the control
     assert reached(monkeypatch, unconfined) == "check: reached a file, a socket, a pipe"

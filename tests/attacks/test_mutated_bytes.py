@@ -22,7 +22,7 @@ from nodes.guard import Order
 from nodes.guard_service import order_from_wire
 from protocol import notices, sealing, transparency
 from protocol.aggregation import State, aggregates_of, parse_aggregates
-from protocol.catalogue import Head, Terms, card_of, parse_card, parse_terms, split_cards
+from protocol.catalogue import Head, Terms, card_of, parse_cards, parse_terms, split_cards
 from protocol.claims import parse_claims
 from protocol.codec import encode, format_decimal
 from protocol.encryption import EncryptedScores, MatchPlan
@@ -111,7 +111,7 @@ PARSERS = {
     "aggregates": Parser(AGGREGATES, parse_aggregates, lambda made: made.body),
     "claims": Parser(RELEASE.body, parse_claims, lambda claims: claims.body),
     "terms": Parser(TERMS, parse_terms, lambda terms: terms.body),
-    "card": Parser(CARD, parse_card, lambda card: card.body),
+    "card": Parser(CARD, lambda body: parse_cards([body])[0], lambda card: card.body),
     "page of cards": Parser(CARD * 3, lambda data: split_cards(data, 3), b"".join),
     "withdrawal": Parser(WITHDRAWAL, lambda data: (open_notice(data, PUBLIC), data), lambda made: made[0].body + made[1][-64:]),
     "revocation": Parser(REVOCATION, lambda data: (open_notice(data, PUBLIC), data), lambda made: made[0].body + made[1][-64:]),

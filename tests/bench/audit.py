@@ -89,7 +89,7 @@ def training(data: Path, base: Path) -> dict[str, object]:
 def unprotected(model: BaseModel, data: Path, task: str) -> dict[str, object]:
     """Train without a guarantee on the half that coins choose, and tell it from the other half by losses."""
     inside, outside = by_coin(model.prefix_pass(read_records(data / task / "train.jsonl", AUDITED), model.split)[1])
-    attack = membership(finetune(model, inside, Recipe()), model, inside, outside)
+    attack = membership(finetune(model, inside.records, Recipe()), model, inside, outside)
     assert attack is not None
     row = {"task": task, **asdict(attack), "flagged": not check_of(attack, None).holds}
     print(row, flush=True)

@@ -17,18 +17,10 @@ from protocol.release import open_envelope
 from protocol.wire import market_pb2 as pb
 from protocol.wire.market_pb2_grpc import MarketStub
 from tests.e2e.processes import market_process, veilmart
-from tests.nodes.guard_processes import guard_process, wait_for, write_policy
+from tests.nodes.guard_processes import RELAY, guard_process, wait_for, write_policy
 from tests.nodes.owners import tiny_map, write_records
 
 pytestmark = pytest.mark.slow
-RELAY = """\
-[adapter]
-release = "relay"
-[relay]
-questions_per_hour = 100
-longest_question = 80
-most_tokens = 16
-"""
 
 
 def test_an_owner_joins_publishes_answers_is_revoked_and_comes_back(tmp_path, tiny_model_directory, monkeypatch):

@@ -205,6 +205,6 @@ def test_five_thousand_cuts_lose_nothing(tmp_path, program, holds):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("program", "holds"), BESIDE)
-def test_five_thousand_cuts_lose_no_member_and_no_quota(tmp_path, program, holds):
+def test_five_thousand_cuts_lose_no_member(tmp_path, program, holds):
     log = recorded(program, tmp_path / "home")
     assert losses(log, 5000, holds, tmp_path / "image") == (0, 0)

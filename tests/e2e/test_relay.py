@@ -17,19 +17,11 @@ from protocol.errors import GuardUnreachable
 from protocol.privacy import Guarantee
 from protocol.release import open_envelope
 from tests.e2e.processes import environment, market_process, memory_of, veilmart
-from tests.nodes.guard_processes import guard_process, wait_for, write_policy
+from tests.nodes.guard_processes import RELAY, guard_process, wait_for, write_policy
 from tests.nodes.owners import MARKER, tiny_map, write_records
 
 pytestmark = pytest.mark.slow
 CANARY = "CANARY-QUESTION-4417"
-RELAY = """\
-[adapter]
-release = "relay"
-[relay]
-questions_per_hour = 100
-longest_question = 80
-most_tokens = 16
-"""
 
 KEEPING_BUILD = """
 import sys

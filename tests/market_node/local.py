@@ -22,6 +22,9 @@ class Context:
     def time_remaining(self) -> float:
         return 30.0
 
+    def peer(self) -> str:
+        return "local:0"
+
     def auth_context(self) -> dict[str, list[bytes]]:
         return {}
 
@@ -72,6 +75,9 @@ class QuietService(MarketService):
 
     async def _store_call(self, call, *args):
         return call(*args)
+
+    async def _require_sound(self, release) -> None:
+        pass
 
     def _first_index(self) -> None:
         pass

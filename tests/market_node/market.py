@@ -26,11 +26,14 @@ NOW = datetime.datetime.now(datetime.UTC)
 
 
 class TakesAnything(MarketService):
-    """A market that stores what comes with the right digest, adapter or not."""
+    """A market that stores what comes with the right digest, adapter or not, and compares it with nothing."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._checkers.check = lambda file: None
+
+    async def _require_sound(self, release) -> None:
+        pass
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import threading
 import time
@@ -13,7 +12,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from market_node.members import Members
-from nodes.command import build
 from nodes.commands.join import adopt_market
 from nodes.market_client import MarketClient
 from protocol.enrolment import Invite, sign_enrolment, verify_enrolment, words_of
@@ -28,8 +26,9 @@ from protocol.errors import (
     VeilmartError,
 )
 from protocol.release import AdapterReference, sign_release
+from tests.commands import run
 from tests.market_node.market import running_market
-from tests.protocol.worlds import adapter_bytes, envelope_of, release_of, small_map
+from tests.protocol.worlds import adapter_bytes, envelope_of, public, release_of, small_map
 
 MAP = small_map()
 LATER = int(time.time()) + 1000
@@ -38,10 +37,6 @@ LATER = int(time.time()) + 1000
 def node_key() -> str:
     key = ec.generate_private_key(ec.SECP384R1()).public_key()
     return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
-
-
-def public(key) -> bytes:
-    return key.public_key().public_bytes_raw()
 
 
 @pytest.fixture
@@ -166,11 +161,6 @@ def market(tmp_path):
     with running_market(tmp_path / "home" / "market", MAP, enrolled_only=True) as (address, ca, _):
         (tmp_path / "home" / "market" / "address").write_text(address)
         yield address, ca, tmp_path
-
-
-def run(capsys, *words: str) -> dict:
-    build(None)([*words, "--json"], standalone_mode=False)
-    return json.loads(capsys.readouterr().out)
 
 
 def invite_file(capsys, folder, org="City Hospital", *more) -> tuple[str, dict]:

@@ -49,7 +49,7 @@ def made():
     releases = synthetic(MAP, COUNT, owners=20)
     hostile = replace(releases[7][0], card=Card("legal-7", HOSTILE, HOSTILE))
     training = PrivateTraining(Guarantee(3.0, 1e-6), PoissonSampledGaussian(2.0, 0.05, 50))
-    private = replace(releases[9][0], adapter=AdapterReference(bytes(32), 5_000, training))
+    private = replace(releases[9][0], adapter=AdapterReference(bytes([7]) * 32, 5_000, training))
     releases[7], releases[9] = (hostile, releases[7][1]), (private, releases[9][1])
     return releases
 

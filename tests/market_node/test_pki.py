@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import hashlib
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from market_node.certificates import CERTIFICATES_A_DAY, Certificates, Gate, _re
 from market_node.doors import Doors
 from market_node.identity import market_identity
 from market_node.members import Members
-from nodes.command import build
 from nodes.market_client import MarketClient
 from nodes.membership import FILE, Membership
 from protocol import channel
@@ -38,22 +36,14 @@ from protocol.notices import Kind, Notice, sign_notice
 from protocol.release import AdapterReference, open_envelope
 from protocol.wire import market_pb2 as pb
 from protocol.wire.market_pb2_grpc import MarketStub
+from tests.commands import run
 from tests.market_node.market import running_market
 from tests.nodes.guard_processes import wait_for
-from tests.protocol.worlds import adapter_bytes, envelope_of, small_map
+from tests.protocol.worlds import adapter_bytes, envelope_of, public, small_map
 
 MAP = small_map()
 NOW = datetime.datetime.now(datetime.UTC)
 DAY = datetime.timedelta(days=1)
-
-
-def public(key) -> bytes:
-    return key.public_key().public_bytes_raw()
-
-
-def run(capsys, *words) -> dict:
-    build(None)([*map(str, words), "--json"], standalone_mode=False)
-    return json.loads(capsys.readouterr().out)
 
 
 @dataclass

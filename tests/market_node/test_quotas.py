@@ -191,8 +191,8 @@ def test_uploads_that_begin_together_do_not_pass_the_quota_together(tmp_path):
 class ChargesAttempts(MarketService):
     """The control: a market that charges an upload when it begins, to whom its digest belongs."""
 
-    def _payer(self, digest: bytes, size: int) -> bytes | None:
-        payer = super()._payer(digest, size)
+    def _payer(self, owner: bytes, digest: bytes, size: int) -> bytes | None:
+        payer = super()._payer(owner, digest, size)
         if payer is not None:
             self._quotas.charge(payer, Quota.ADAPTER_BYTES, size, int(time.time()))
         return payer

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from market_node import service as services
 from market_node.service import STATUSES
+from market_node.uploads import Uploads
 from protocol.admission import AdmissionPolicy
 from protocol.catalogue import EMPTY_HEAD, Head, open_cards, open_rows, split_cards
 from protocol.channel import CHUNK_BYTES, CODE_KEY, RETRY_KEY, connect
@@ -252,7 +253,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(market):
         yield pb.AdapterChunk(digest=bytes(32), size_bytes=1 << 20, data=bytes(CHUNK_BYTES))
         raise RuntimeError("the owner's process died")
 
-    for _ in range(2 * services.UPLOADS_AT_ONCE):  # more than there are places
+    for _ in range(2 * Uploads().most):  # more than there are places
         with pytest.raises(grpc.RpcError):
             stub.UploadAdapter(half(), timeout=10)
     after = adapter_bytes(alpha=7)

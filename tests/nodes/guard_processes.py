@@ -23,6 +23,15 @@ slot_s = {slot}
 orders_per_hour = {rate}
 uids = {uids}
 """
+# More of it, for a guard that answers through a market.
+RELAY = """\
+[adapter]
+release = "relay"
+[relay]
+questions_per_hour = 100
+longest_question = 80
+most_tokens = 16
+"""
 
 
 def write_policy(path: Path, *, least: int = 20, slot: float = 0, rate: int = 60, uids: list[int] | None = None, more: str = "") -> Path:

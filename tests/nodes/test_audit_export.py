@@ -1,5 +1,6 @@
 """Evidence is gathered from a real market, and then verified and audited with every network call forbidden."""
 
+import hashlib
 import json
 import socket
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_evidence_of_a_whole_market_is_verified_and_audited_without_a_network(ex
     offline()
     assert run("verify", "bundle", exported / "whole.tar", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
-    assert (shown["complete"], shown["size"], shown["results"], shown["maps"]) == (True, 4, ["attack"], [MAP.map_id.hex()])
+    assert (shown["complete"], shown["size"], shown["results"], shown["maps"]) == (True, 4, ["attack", "parts"], [MAP.map_id.hex()])
     assert run("audit", "release", exported / "whole.tar", "--json") == 0
     audit = json.loads(capsys.readouterr().out)
     assert (audit["refuted"], len(audit["releases"])) == (False, 4)
@@ -109,6 +110,16 @@ def test_what_an_attack_showed_about_private_records_stays_behind(exported):
     data = (exported / "whole.tar").read_bytes()
     assert b"4711" not in data
     assert b"4711" in (exported / "attack.json").read_bytes()
+
+
+def test_evidence_names_the_parts_that_it_was_made_by(exported, tmp_path, capsys):
+    assert run("audit", "parts", "--json", "--out", tmp_path / "bill.json") == 0
+    told, found = json.loads(capsys.readouterr().out), json.loads(opened(exported / "one.tar").results["parts"])
+    assert found == {name: told[name] for name in ("schema", "parts", "sha256")}
+    assert found["sha256"] == hashlib.sha256((tmp_path / "bill.json").read_bytes()).hexdigest()
+    (tmp_path / "parts.json").write_bytes((exported / "attack.json").read_bytes())
+    with pytest.raises(UsageError, match="parts"):
+        run("audit", "export", "--out", tmp_path / "e.tar", "--receipt", exported / "3.receipt", "--with", tmp_path / "parts.json")
 
 
 def test_a_file_that_is_no_result_is_refused(exported, tmp_path):

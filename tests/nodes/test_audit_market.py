@@ -9,11 +9,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from market_node.matcher import Matcher
-from nodes.audit.market import audit_market, copies, implausible
+from nodes.audit.market import audit_market, broken_chains, copies, implausible
 from nodes.command import build
 from nodes.market_client import MarketClient
 from protocol.admission import AdmissionPolicy
 from protocol.features import default_map
+from protocol.notices import Kind, Notice
 from protocol.release import Card, sign_release
 from tests.market_node.market import running_market
 from tests.protocol.worlds import release_of, small_map
@@ -32,6 +33,30 @@ def copied(release, extra: float = 0.0, scale: float = 1.0):
     key = Ed25519PrivateKey.generate()
     specification = replace(release.specification, noisy_sums=sums.astype(np.int32))
     return key, replace(release, owner=key.public_key().public_bytes_raw(), specification=specification, card=Card("copy"))
+
+
+def chain(*keys: Ed25519PrivateKey) -> list:
+    """A release of each key, one after the other, as an owner makes them that rotates."""
+    releases = []
+    for number, key in enumerate(keys, 1):
+        release = release_of(MAP, key, number=number, seed=number)
+        releases.append(replace(release, previous=releases[-1].release_id if releases else b""))
+    return releases
+
+
+def test_a_key_that_signed_two_releases_of_one_number_leaves_a_trace_in_the_next():
+    key, new = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+    honest, elsewhere = chain(key, key, key), chain(key, key)
+    assert broken_chains(honest[:1] + honest[2:], []) == [], "what lies at another market may be missing"
+    assert broken_chains(honest, []) == []
+    (flag,) = broken_chains([honest[0], elsewhere[1]], [])
+    assert (flag.title, honest[0].title in flag.reason) == (elsewhere[1].title, True)
+    # Numbers go on under another key; who does not look at rotations sees nothing.
+    public, successor = (one.public_key().public_bytes_raw() for one in (key, new))
+    rotation = Notice(Kind.ROTATION, bytes(32), public, (successor,))
+    rotated, other = chain(key, new), chain(key, new)
+    assert broken_chains(rotated, [rotation]) == broken_chains([rotated[0], other[1]], []) == []
+    assert len(broken_chains([rotated[0], other[1]], [rotation])) == 1
 
 
 def failed(audit) -> list[str]:

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from importlib import metadata
@@ -125,7 +127,20 @@ def test_an_audit_changes_nothing_and_its_evidence_holds_nothing_of_a_record(hom
 
 
 def test_what_cannot_be_seen_is_unknown_and_no_yes(tmp_path):
-    names = ("permissions", "socket", "isolation", "policy", "tls", "journal", "ledger", "budget", "market log", "adapter", "batches")
+    names = (
+        "permissions",
+        "socket",
+        "isolation",
+        "memory",
+        "policy",
+        "tls",
+        "journal",
+        "ledger",
+        "budget",
+        "market log",
+        "adapter",
+        "batches",
+    )
     (tmp_path / "node").mkdir()
     states = {look.name: look.holds for look in audit_node(deployment(tmp_path))}
     assert [states[name] for name in (*names, "constant-time replies", "software")] == [None] * (len(names) + 2)
@@ -144,6 +159,7 @@ def test_a_running_guard_is_examined_and_the_command_says_so(tmp_path, tiny_mode
     assert done.returncode == 0, done.stdout
     seen = ("permissions", "socket", "isolation", "policy", "telemetry", "journal", "constant-time replies", "noise", "bounding", "batches")
     assert all(states[name] for name in seen), done.stdout
+    assert states["memory"] is not False, "whether there is swap is this machine's"
 
 
 @pytest.mark.slow
@@ -295,6 +311,34 @@ def test_bundles_that_see_what_the_guard_sees_are_seen():
     runner = ("flower-superexec", "--insecure")
     assert node.isolation(running("--flower", "far:1", "--app-user", "app", children=[(1001, runner)])).holds
     assert node.isolation(running("--flower", "far:1", "--app-user", "app", children=[(1000, runner)])).holds is False
+
+
+LIMITS = "Limit                     Soft Limit           Hard Limit           Units\nMax core file size        {:<21}{:<21}bytes\n"
+SWAPS = "Filename\t\tType\t\tSize\n"
+MEMORY = {
+    "nothing": ("1", "1", "", True),
+    "none since the service started": ("0", "0", "", True),
+    "swap in memory": ("0", "0", "/dev/zram0 partition 1\n", True),
+    "swap on a disk": ("1", "1", "/dev/sda2 partition 1\n", None),
+    "dumps": ("unlimited", "unlimited", "", False),
+    "dumps, if it likes": ("0", "unlimited", "", False),
+}
+
+
+@pytest.mark.parametrize(("soft", "hard", "swap", "holds"), MEMORY.values(), ids=MEMORY)
+def test_memory_that_may_reach_a_disk_is_seen(tmp_path, monkeypatch, soft, hard, swap, holds):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "limits").write_text(LIMITS.format(soft, hard))
+    (tmp_path / "swaps").write_text(SWAPS + swap)
+    monkeypatch.setattr(node, "PLACES", str(tmp_path))
+    assert node.memory(running()).holds is holds
+
+
+def test_a_command_dumps_no_core():
+    program = "import resource\nfrom nodes.command import dump_no_core\n{}\nprint(resource.getrlimit(resource.RLIMIT_CORE)[1])"
+    left = [subprocess.run([sys.executable, "-c", program.format(what)], capture_output=True, text=True) for what in ("", "dump_no_core()")]
+    assert left[1].stdout.strip() in node.NO_CORE, left[1].stderr
+    assert left[0].stdout.strip() not in node.NO_CORE[1:], "the control: without it there is room for a dump, or none at all"
 
 
 def test_a_policy_that_bounds_little_is_seen(owner_policy):

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+from nodes import private_training
 from nodes.accountant import prv_epsilon
 from nodes.audit.bounds import one_run_epsilon
 from nodes.audit.profile import largest_multiplier, losses, multiplier_for, profile_of
-from nodes.audit.training import audit_training, by_coin, check_of, claim_of, independent, membership, power_of
+from nodes.audit.training import Side, audit_training, by_coin, check_of, claim_of, independent, membership, power_of
 from nodes.base_model import BaseModel
 from nodes.command import build
 from nodes.finetune import Recipe, finetune
 from nodes.private_noise import normals, poisson_batch
 from nodes.private_training import PrivateRecipe, _private_optimiser, finetune_privately
 from nodes.records import Pair
-from protocol.errors import UsageError
+from protocol.errors import RecordError, UsageError
 from protocol.privacy import Guarantee, PoissonSampledGaussian, PrivateTraining, epsilon_at
 
 SPLIT = 3
@@ -179,7 +180,7 @@ def unprotected(model, activations):
 
 
 def test_an_adapter_without_a_guarantee_is_flagged(model, activations, unprotected):
-    attack = membership(unprotected, model, activations[::2], activations[1::2])
+    attack = membership(unprotected, model, Side(activations[::2]), Side(activations[1::2]))
     assert attack.leaks
     assert claim_of(unprotected) is None
     assert not check_of(attack, None).holds
@@ -188,13 +189,13 @@ def test_an_adapter_without_a_guarantee_is_flagged(model, activations, unprotect
 def test_control_a_private_adapter_is_not(model, activations):
     inside, outside = activations[::2], activations[1::2]
     adapter = finetune_privately(model, inside, PrivateRecipe(Guarantee(3.0, 1e-6)))
-    attack = membership(adapter, model, inside, outside)
+    attack = membership(adapter, model, Side(inside), Side(outside))
     assert not attack.leaks
     assert check_of(attack, claim_of(adapter)).holds
 
 
 def test_an_adapter_without_a_guarantee_that_states_one_is_refuted(model, activations, unprotected):
-    attack = membership(unprotected, model, activations[::2], activations[1::2])
+    attack = membership(unprotected, model, Side(activations[::2]), Side(activations[1::2]))
     labelled = replace(unprotected, guarantee=str(CLAIM))
     claim = claim_of(labelled)
     assert claim is not None
@@ -203,15 +204,36 @@ def test_an_adapter_without_a_guarantee_that_states_one_is_refuted(model, activa
 
 
 def test_too_few_records_are_not_attacked(model, activations, unprotected):
-    assert membership(unprotected, model, activations[:9], activations[9:]) is None
+    assert membership(unprotected, model, Side(activations[:9]), Side(activations[9:])) is None
 
 
 def test_every_record_is_in_by_a_coin_of_its_own(activations):
     inside, outside = by_coin(activations)
-    assert len(inside) + len(outside) == len(activations)
-    assert inside
-    assert outside
-    assert {len(by_coin(activations)[0]) for _ in range(40)} != {len(inside)}
+    assert len(inside.records) + len(outside.records) == len(activations)
+    assert inside.records
+    assert outside.records
+    assert {len(by_coin(activations)[0].records) for _ in range(40)} != {len(inside.records)}
+
+
+def test_all_records_of_a_person_are_in_or_out_together(activations):
+    whose = [f"person-{at // 3}" for at in range(len(activations))]
+    inside, outside = by_coin(activations, whose)
+    assert sorted([*inside.units, *outside.units]) == sorted(whose)
+    assert not set(inside.units) & set(outside.units)
+    apart = by_coin(activations)  # the control: a coin for each record tears persons apart
+    at = {id(one): whose[place] for place, one in enumerate(activations)}
+    assert {at[id(one)] for one in apart[0].records} & {at[id(one)] for one in apart[1].records}
+    with pytest.raises(RecordError, match="2 records or persons"):
+        by_coin(activations, ["one"] * len(activations))
+
+
+def test_persons_are_told_by_the_mean_of_their_records(model, activations, unprotected):
+    sides = [Side(activations[at::2], [f"{at}-{place // 2}" for place in range(len(activations[at::2]))]) for at in (0, 1)]
+    attack = membership(unprotected, model, *sides)
+    assert (attack.members, attack.strangers) == tuple(len(set(side.units)) for side in sides)
+    assert attack.leaks
+    few = Side(activations[:20], [str(place // 3) for place in range(20)])
+    assert membership(unprotected, model, few, sides[1]) is None, "seven persons, whatever the number of records"
 
 
 # The command ---------------------------------------------------------------------------------------------------------------
@@ -223,7 +245,8 @@ def command(tmp_path, tiny_model_directory, capsys):
 
     def run(*words: str):
         data = tmp_path / "notes.jsonl"
-        data.write_text("".join(json.dumps({"prompt": one.prompt, "response": one.response}) + "\n" for one in RECORDS))
+        lines = [{"prompt": one.prompt, "response": one.response, "person": f"p{at // 2}"} for at, one in enumerate(RECORDS)]
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
         common = ("--data", str(data), "--base", str(tiny_model_directory), "--home", str(tmp_path), "--json")
         code = build()(["audit", "training", *common, *words], standalone_mode=False)
         return code or 0, json.loads(capsys.readouterr().out)
@@ -236,6 +259,16 @@ def test_a_training_is_audited_in_one_command(command):
     assert (code, found["schema"], found["refuted"]) == (0, "veilmart.audit-training/1", False)
     assert found["power_against_half_the_noise"] >= 0.9
     assert 0 < found["epsilon_lower_bound"] <= 8.0
+
+
+@pytest.mark.slow
+def test_a_training_of_persons_is_audited_as_such(command, monkeypatch):
+    seen, trained = [], private_training.finetune_privately
+    monkeypatch.setattr(private_training, "finetune_privately", lambda *args, **how: seen.append(how["units"]) or trained(*args, **how))
+    code, found = command("--epsilon", "8", "--canaries", "1500", "--limit", "60", "--unit", "person")
+    assert (code, found["refuted"]) == (0, False)
+    assert found["guarantee"].endswith("unit field:person")
+    assert len(seen[0]) == 2 * len(set(seen[0])), "the training knows whose each record is"
 
 
 def test_an_audit_without_power_is_refused_before_it_starts(command, monkeypatch):

@@ -1,6 +1,5 @@
 """The log through a real market: what a client remembers, and what a market that rewrites its history cannot do any more."""
 
-import json
 import shutil
 import sqlite3
 import threading
@@ -10,13 +9,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from market_node.service import MarketService, answering
 from market_node.store import Store
-from nodes.command import build
 from nodes.market_client import MarketClient
 from protocol.catalogue import tables_of
 from protocol.errors import InvalidProof, InvalidSignature, NotFound, VeilmartError
 from protocol.release import open_envelope
 from protocol.transparency import Receipt, leaf_hash, open_checkpoint
 from protocol.wire import market_pb2 as pb
+from tests.commands import run
 from tests.market_node.market import running_market
 from tests.protocol.test_transparency import tree_hash
 from tests.protocol.worlds import envelope_of, small_map
@@ -185,11 +184,6 @@ def test_a_lie_about_the_log_is_refused(tmp_path, method, lie, error):
 
 
 # Commands ----------------------------------------------------------------------------------------------------------------
-
-
-def run(capsys, *words: str) -> dict:
-    build(None)([*words, "--json"], standalone_mode=False)
-    return json.loads(capsys.readouterr().out)
 
 
 def test_two_people_find_out_that_they_were_shown_two_logs(forked, tmp_path, capsys, monkeypatch):

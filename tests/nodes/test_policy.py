@@ -6,6 +6,7 @@ import pytest
 
 from nodes.policy import EXAMPLE, AdapterRelease, RelayRules, read_policy
 from protocol.errors import UsageError
+from protocol.privacy import MAX_EPSILON
 
 
 def policy_of(tmp_path, text):
@@ -64,6 +65,37 @@ def test_a_map_or_model_that_is_not_named_is_not_accepted(tmp_path):
         policy.require_accepted("kme-rff-256", "00", "ab")
     with pytest.raises(UsageError, match=r"accept\.base_models"):
         policy.require_accepted("kme-lin-96", "00", "cd")
+
+
+GUARANTEED = '[specification]\nepsilon_for_life = 9.0\n[adapter]\nrelease = "relay"\nepsilon = {}\nrequire_guarantee = {}\n{}\n'
+
+
+def test_a_policy_may_ask_for_a_guarantee_of_adapters_and_bound_it(tmp_path):
+    def largest(*written):
+        return policy_of(tmp_path, GUARANTEED.format(*written)).limits.largest_adapter_epsilon
+
+    assert largest("8", "true", "largest_epsilon = 8") == 8.0
+    assert largest("8", "true", "") == MAX_EPSILON
+    assert largest('"none"', "false", "") is None
+    nothing = policy_of(tmp_path, GUARANTEED.format('"none"', "true", "").replace("relay", "none"))
+    assert nothing.limits.largest_adapter_epsilon == MAX_EPSILON, "no adapter at all is no adapter without a guarantee"
+
+
+BAD_GUARANTEES = {
+    "none, where one is asked for": ('"none"', "true", "", "adapter.epsilon"),
+    "beyond the largest": ("8", "true", "largest_epsilon = 4", "adapter.epsilon"),
+    "a largest that binds nobody": ('"none"', "false", "largest_epsilon = 4", "adapter.require_guarantee"),
+    "no truth": ("8", "1", "", "adapter.require_guarantee"),
+    "a text": ("8", '"true"', "", "adapter.require_guarantee"),
+    "no number": ("8", "true", "largest_epsilon = inf", "adapter.largest_epsilon"),
+    "none as the largest": ("8", "true", 'largest_epsilon = "none"', "adapter.largest_epsilon"),
+}
+
+
+@pytest.mark.parametrize(("epsilon", "asked", "largest", "named"), BAD_GUARANTEES.values(), ids=BAD_GUARANTEES)
+def test_what_asks_for_a_guarantee_and_makes_none_is_refused_and_named(tmp_path, epsilon, asked, largest, named):
+    with pytest.raises(UsageError, match=rf"policy\.toml: {re.escape(named)}"):
+        policy_of(tmp_path, GUARANTEED.format(epsilon, asked, largest))
 
 
 LIFE = "[specification]\nepsilon_for_life = 9.0\n[adapter]\n"

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from protocol import catalogue as catalogues
 from protocol.catalogue import (
     EMPTY_HEAD,
+    MAX_TERMS_BYTES,
     ROW,
     Catalogue,
     Tables,
@@ -20,7 +21,7 @@ from protocol.catalogue import (
     open_cards,
     open_mirror,
     open_rows,
-    parse_card,
+    parse_cards,
     parse_terms,
     scalars_of,
     sign_head,
@@ -30,7 +31,8 @@ from protocol.catalogue import (
 from protocol.codec import decode, encode
 from protocol.errors import FormatError, IncompatibleSpecification, InvalidSignature, NotFound
 from protocol.privacy import RECORD, PrivacyUnit
-from protocol.release import Card
+from protocol.release import Card, open_envelope, sign_release
+from tests.protocol.test_admission import promise
 from tests.protocol.worlds import ADAPTER, ONE, release_of, small_map
 
 MAP, OWNER, MARKET = small_map(), Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
@@ -53,6 +55,24 @@ def signed(tables: Tables):
 def test_a_row_has_sixteen_bytes():
     assert ROW.itemsize == 16
     assert len(TABLES.rows) == 16 * len(RELEASES)
+
+
+WORST = {"control characters": "\x01" * 500, "quotes": '"' * 500, "four bytes each": "\U0001f5dd" * 500, "nothing": ""}
+
+
+@pytest.mark.parametrize("text", WORST.values(), ids=WORST)
+def test_what_a_release_may_say_its_terms_may_say(text):
+    """Else one owner's release, which a market takes, would keep every client from reading the catalogue."""
+    unit = PrivacyUnit("f" * 63)
+    training = promise(1.2345678901234567, 1.2345678901234567e-10)
+    training = replace(training, guarantee=replace(training.guarantee, unit=unit))
+    longest = release_of(MAP, OWNER, guarantee=replace(ONE, unit=unit), adapter=replace(ADAPTER, guarantee=training))
+    longest = replace(longest, card=Card("n" * 63, summary=text, licence=text))
+    terms, card = Terms.of(longest), card_of(longest)
+    assert parse_terms(terms.body) == terms
+    assert len(terms.body) <= MAX_TERMS_BYTES
+    assert parse_cards([card])[0].name == "n" * 63
+    assert open_envelope(sign_release(longest, OWNER)).card == longest.card
 
 
 def slow_count(release) -> float:
@@ -247,7 +267,16 @@ def test_cards_lie_one_after_the_other_and_nothing_else_does():
             split_cards(cut, count)
     for body in (TABLES.cards[0] + b"x", TABLES.cards[0][:33], bytes(32) + b"\x01 ", bytes(32) + b"\x02\xff\xff"):
         with pytest.raises(FormatError):
-            parse_card(body)
+            parse_cards([body])
+
+
+def test_cards_that_are_read_together_are_those_that_are_read_alone():
+    assert parse_cards(TABLES.cards) == [parse_cards([body])[0] for body in TABLES.cards]
+    assert parse_cards([]) == []
+    whole, broken = TABLES.cards[0], bytes(32) + b"\x03a\nb"  # which is two good names, one a line
+    for bodies in ([broken], [whole, broken], [broken, whole], [whole, bytes(32) + b"\x02a\n"], [whole, whole[:33]]):
+        with pytest.raises(FormatError):
+            parse_cards(bodies)
 
 
 def test_a_mirror_recomputes_everything():

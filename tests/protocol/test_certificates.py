@@ -10,12 +10,9 @@ from cryptography.x509.oid import AttributeOID, NameOID
 from protocol import certificates
 from protocol.certificates import Name, make_request, new_tls_key, open_request, proof_bytes, proves, public_bytes
 from protocol.errors import FormatError, InvalidSignature, VeilmartError
+from tests.protocol.worlds import public
 
 MARKET, NOW = b"\2" * 32, 1_800_000_000
-
-
-def public(key) -> bytes:
-    return key.public_key().public_bytes_raw()
 
 
 @pytest.fixture

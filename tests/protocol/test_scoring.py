@@ -6,7 +6,7 @@ from scipy import stats
 
 from protocol.catalogue import EMPTY_CATALOGUE, ROW, CardEntry, Catalogue, Columns, estimate_counts
 from protocol.features import ScoringConstants
-from protocol.scoring import MAX_QUERY_SIZE, Scores, Sketch, Verdict, rank, score, sketch_of, verdict_of
+from protocol.scoring import MAX_QUERY_SIZE, Scores, Sketch, Verdict, accepted_in, rank, score, sketch_of, verdict_of
 from protocol.specification import COUNT_STEP, FEATURE_SCALE
 from tests.protocol.worlds import features, small_map
 
@@ -105,6 +105,24 @@ def test_what_would_be_a_match_comes_before_a_noisy_release_of_higher_score():
     assert [match.release_id[0] for match in ranking.matches] == [1, 0, 2]
     assert ranking.verdict is Verdict.MATCH
     assert not ranking.matches[0].tie
+
+
+def test_gaps_and_ties_of_a_ranking_are_those_of_each_pair():
+    rng, n = np.random.default_rng(3), 200
+    scores = Scores(rng.normal(0, 9, n), rng.uniform(0.1, 5, n), rng.normal(0, 3, n), rng.uniform(0, 1, n), rng.uniform(0, 2, n))
+    catalogue = Catalogue(MAP, np.zeros(n, ROW), (), EMPTY_CATALOGUE, {i: CardEntry(bytes([i]) * 32, "x") for i in range(n)})
+    matches = rank(scores, catalogue, Sketch(np.full(4, 0.1), np.eye(4), 50, 2)).matches
+    accepted = accepted_in(scores, MAP, 2)
+    at = [match.release_id[0] for match in matches]
+    assert at == sorted(range(n), key=lambda i: (not accepted[i], -scores.llr[i]))
+    assert [match.rank for match in matches] == list(range(1, n + 1))
+    for match, i, j in zip(matches, at, at[1:], strict=False):
+        assert (match.llr, match.std, match.separation) == (scores.llr[i], scores.std[i], scores.separation[i])
+        assert match.gap_to_next == scores.llr[i] - scores.llr[j]
+        assert match.tie == (accepted[i] == accepted[j] and match.gap_to_next < 2 * (scores.std[i] ** 2 + scores.std[j] ** 2) ** 0.5)
+    assert (matches[-1].gap_to_next, matches[-1].tie) == (np.inf, False)
+    assert any(match.tie for match in matches)
+    assert not all(match.tie for match in matches)
 
 
 def test_without_power_there_is_no_none_either():

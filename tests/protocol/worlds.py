@@ -29,6 +29,10 @@ def small_map(name: str = "small", seed: int = 0) -> FeatureMap:
     )
 
 
+def public(key) -> bytes:
+    return key.public_key().public_bytes_raw()
+
+
 def features(count: int, seed: int, dimension: int = DIMENSION) -> np.ndarray:
     rng = np.random.default_rng(seed)
     rows = rng.standard_normal(dimension) * 2 + rng.standard_normal((count, dimension))
