@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,7 +88,9 @@ def find(
         size = client.describe().head.size  # before the model is loaded: is the market there?
     mirror = mirror or (auto and not keep_proof and mirror_is_cheaper(size, feature_map.dimension))
     # No call is open while the texts are read: the time that takes would tell how many there are.
-    sketch = sketch_task(records, open_model(home, base), feature_map)
+    progress = console.ProgressLine(not (as_json or quiet))
+    sketch = sketch_task(records, open_model(home, base), feature_map, lambda done, of: progress("embed", done, of))
+    progress.close()
     with MarketClient(market, ca, home) as client:
         if mirror:
             found = find_in_mirror(sketch, client, feature_map, filters)
@@ -142,7 +145,7 @@ def find(
             seen = "that somebody fetched the catalogue" if mirror else "one ciphertext, its size, the time"
             console.say(f"the market saw: {seen}.  It did not see your text, your sketch, your filters or these scores.")
         if matched and shown:
-            console.say(f'next: veilmart ask -m {found.title_of(shown[0])} "..."')
+            console.next_step(f'ask -m {found.title_of(shown[0])} "..."')
     if not matched:
         if not (as_json or quiet):
             console.say(_why_not(found, given, sketch.size, sketch.views))
@@ -170,7 +173,8 @@ def catalogue_export(
         envelopes = client.envelopes(open_map(which_map))
     write_durably(out, pack_releases(envelopes), 0o644)
     result = {"schema": "veilmart.export/1", "file": str(out), "releases": len(envelopes)}
-    show(result, as_json, [f"{out}: {len(envelopes)} releases, as the market signed them"])
+    lines = [f"{out}: {len(envelopes)} releases, as the market signed them"]
+    show(result, as_json, lines, then=f"verify answer PROOF --releases {shlex.quote(str(out))}")
 
 
 def verify_answer(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nodes.commands.completion import learnwares, markets
+from protocol.console import show as show  # every command needs it beside its options
 from protocol.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,8 +34,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print ids only, no progress.")]
 Base = Annotated[Path | None, typer.Option("--base", help="Directory of the base model.", show_default="the imported one")]
 Map = Annotated[str, typer.Option("--map", envvar="VEILMART_MAP", help="Feature map: a name that ships with veilmart, or a file.")]
-MarketAddress = Annotated[str, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")]
-MaybeMarket = Annotated[str | None, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")]
+_MARKET = typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.", autocompletion=markets)
+MarketAddress = Annotated[str, _MARKET]
+MaybeMarket = Annotated[str | None, _MARKET]
+Learnware = Annotated[str, typer.Argument(metavar="ID", help="NAME@HEX as `find` prints it, or the id.", autocompletion=learnwares)]
 Authority = Annotated[Path, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority (ca.crt).")]
 MaybeAuthority = Annotated[Path | None, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority (ca.crt).")]
 Population = Annotated[
@@ -48,14 +52,19 @@ Unit = Annotated[
 EpsilonAdapter = Annotated[str, typer.Option("--epsilon-adapter", metavar="E|none", help="Epsilon of the adapter (DP-SGD).")]
 
 
-def open_model(home: Path, base: Path | None, device: str = "cpu") -> BaseModel:
-    """Return the model of a directory, or of a name that `model list` shows; by default the imported one."""
-    from nodes.base_model import BaseModel
-
+def model_directory(home: Path, base: Path | None) -> Path:
+    """Return the directory of a base model: one that is given, or a name that `model list` shows; by default the imported one."""
     directory = base or home / "models" / "smollm2-135m"
     if not directory.is_dir() and directory.name == str(directory) and (home / "models" / directory).is_dir():
         directory = home / "models" / directory
-    return BaseModel.open(directory, device=device)
+    return directory
+
+
+def open_model(home: Path, base: Path | None, device: str = "cpu") -> BaseModel:
+    """Return the model in the directory of a base model."""
+    from nodes.base_model import BaseModel
+
+    return BaseModel.open(model_directory(home, base), device=device)
 
 
 def recipe_of(epsilon_adapter: str, no_train: bool, delta: float = 1e-6, held_out: float = 0.0) -> Recipe | PrivateRecipe | None:
@@ -111,13 +120,3 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
-
-
-def show(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
-    """Print the result as JSON, or as lines for people."""
-    from nodes import console
-
-    if as_json:
-        console.print_json(result)
-    else:
-        console.print_lines(*lines)
