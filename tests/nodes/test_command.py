@@ -1,4 +1,4 @@
-"""The command line as a person meets it: speed, help, errors, exit codes.  Nothing here loads the model."""
+"""The command line as a person meets it: speed, help, errors, exit codes.  Nothing here loads the real model."""
 
 import datetime
 import json
@@ -58,7 +58,7 @@ def test_every_command_explains_itself_with_an_example_that_is_accepted(name, mo
     examples = re.findall(r"Example: veilmart (.+)", COMMANDS[name].help)
     assert examples
     for example in examples:
-        assert accept(shlex.split(example)).command is COMMANDS[name], example
+        assert accept(shlex.split(example.partition(" > ")[0])).command is COMMANDS[name], example
 
 
 def test_every_command_speaks_json_and_what_lists_can_say_ids_alone():
@@ -77,16 +77,18 @@ def test_no_command_is_help_and_ls_is_list(capsys, tmp_path):
     assert run(capsys, "node", "ls", home=tmp_path).code == 2, "an alias of what is not there"
 
 
-def test_the_shell_is_told_what_fits(tmp_path):
+def test_the_shell_is_told_what_fits(tmp_path, capsys, monkeypatch):
     def completed(words: str) -> set[str]:
         count = str(len(words.split(" ")) - 1)
-        done = veilmart(home=tmp_path, _VEILMART_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=count)
-        return set(done.stdout.split())
+        done = run(capsys, home=tmp_path, _VEILMART_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=count)
+        return set(done.out.split())
 
     (tmp_path / "market.toml").write_text('[market]\naddress = "known.example:7443"\n')
+    (tmp_path / "config.toml").write_text("no configuration is read here [")
     assert completed("veilmart find --mar") == {"--market"}
     assert completed("veilmart find --market kno") == {"known.example:7443"}
-    assert "COMP_WORDS" in veilmart("--show-completion", "bash", home=tmp_path).stdout
+    monkeypatch.setattr("shellingham.detect_shell", lambda *_: ("bash", "/bin/bash"))
+    assert "_VEILMART_COMPLETE=complete_bash" in run(capsys, "--show-completion", home=tmp_path).out
 
 
 def written(path: Path, text: str) -> str:
@@ -167,33 +169,38 @@ def documented() -> list[int]:
     return [int(code) for code in re.findall(r"^\| \*\*(\d+)\*\* \|", table, re.MULTILINE)]
 
 
-def provoke(code: int, folder: Path, authority: str, tiny_model_directory: Path) -> list[str]:
+@pytest.fixture
+def tiny(tmp_path, tiny_model_directory) -> list[str]:
+    """The options for the tiny model, and for a map of it."""
+    from nodes.base_model import BaseModel
+    from tests.nodes.owners import tiny_map
+
+    (tmp_path / "tiny.map").write_bytes(tiny_map(BaseModel.open(tiny_model_directory)).manifest)
+    return ["--base", str(tiny_model_directory), "--map", str(tmp_path / "tiny.map")]
+
+
+def provoke(code: int, folder: Path, authority: str, tiny: list[str]) -> list[str]:
     """Return a command line that ends with this code."""
     good = written(folder / "good.jsonl", "".join(f'{{"prompt": "a{n}", "response": "b"}}\n' for n in range(60)))
     if code == 1:  # a database that is none: nothing of ours expects that
         (folder / "home" / "market").mkdir(parents=True)
         written(folder / "home" / "market" / "members.db", "no database " * 100)
-    if code == 5:
-        from nodes.base_model import BaseModel
-        from tests.nodes.owners import tiny_map
-
-        (folder / "tiny.map").write_bytes(tiny_map(BaseModel.open(tiny_model_directory)).manifest)
-    tiny = ["--base", str(tiny_model_directory), "--map", str(folder / "tiny.map"), "--no-train"]
     return {
         0: ["paths"],
         1: ["market", "members"],
         2: ["frobnicate"],
         3: ["ask", "-m", "x@00000000", "hello"],
         4: ["doctor", "--base", str(folder / "no-model")],
-        5: ["node", "publish", "--data", good, "--dry-run", "--epsilon", "1.5", "--budget", "1", *tiny],
+        5: ["node", "publish", "--data", good, "--dry-run", "--epsilon", "1.5", "--budget", "1", "--no-train", *tiny],
         6: ["find", good, "--market", "127.0.0.1:9", "--ca", authority],
         7: ["verify", "release", good],
     }[code]
 
 
 @pytest.mark.parametrize("code", [code for code in documented() if code != 130])
-def test_every_documented_exit_code_is_provoked(code, tmp_path, capsys, authority, tiny_model_directory):
-    done = run(capsys, *provoke(code, tmp_path, authority, tiny_model_directory), home=tmp_path / "home")
+def test_every_documented_exit_code_is_provoked(code, tmp_path, capsys, authority, request):
+    tiny = request.getfixturevalue("tiny") if code == 5 else []  # loads a model
+    done = run(capsys, *provoke(code, tmp_path, authority, tiny), home=tmp_path / "home")
     assert done.code == code, done.told
     assert "Traceback" not in done.told
 
@@ -216,17 +223,13 @@ def test_what_is_interrupted_ends_with_130(tmp_path):
 # Private text -----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_no_bad_file_is_repeated(tmp_path, capsys, authority):
+def test_no_bad_file_is_repeated(tmp_path, capsys, authority, tiny):
     """A canary in every kind of file that a command reads; the file is wrong in several ways."""
     home = tmp_path / "home"
     texts = {
         "broken": f'{{"text": "{SECRET}"\n',
-        "list": f'["{SECRET}"]\n',
-        "key": f'{{"{SECRET}": 1}}\n',
         "value": f'{{"text": ["{SECRET}"]}}\n',
-        "plain": f"{SECRET}\n" * 3,
         "toml": f'[{SECRET}]\n{SECRET} = "{SECRET}"\n',
-        "assigned": f'epsilon = "{SECRET}"\n',
         "latin": f"\xff{SECRET}",
     }
     market = ["--market", "127.0.0.1:9", "--ca", authority]
@@ -236,10 +239,11 @@ def test_no_bad_file_is_repeated(tmp_path, capsys, authority):
         file = str(path)
         for words in (
             ["find", file, *market], ["find", authority, "--market", "127.0.0.1:9", "--ca", file],
-            ["node", "publish", "--data", file, "--dry-run", "--no-train"], ["node", "train", "--data", file, "--dry-run"],
+            ["node", "publish", "--data", file, "--dry-run", "--no-train", *tiny], ["node", "train", "--data", file, "--dry-run", *tiny],
             ["node", "policy", file], ["node", "restore", file], ["node", "join", "127.0.0.1:9", "--invite", f"file:{file}"],
             ["verify", "release", file], ["verify", "bundle", file], ["verify", "conflict", file],
-            ["verify", "answer", file, "--releases", file], ["audit", "release", file], ["audit", "report", "-o", file, "--with", file],
+            ["verify", "answer", file, "--releases", file], ["audit", "release", file],
+            ["audit", "report", "-o", file + ".d", "--releases", "0", "--with", file],
             ["map", "show", file], ["model", "import", "--gguf", file], ["catalogue", "trust", SECRET[:3]],
             ["pki", "issue", "--csr", file, "-o", file + ".crt"], ["market", "restore", file], ["compare", "--validation", file],
         ):  # fmt: skip
