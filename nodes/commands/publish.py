@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,7 +107,7 @@ def node_publish(
         + (" (paid before: the stored bytes were sent again)" if published.stored else ""),
         f"specification: epsilon {epsilon:g} at delta {delta:g}, unit {guarantee.unit}, add-or-remove-one; {adapter}",
         f"ledger of population {population}: spent {price.spent:.2f} of {price.limit:.2f}, left {price.left:.2f}",
-        f"receipt: {kept}  (check it offline: veilmart verify release {shlex.quote(str(kept))})",
+        f"receipt: {kept}  (`veilmart verify release` checks it offline)",
     ]
     show(result, as_json, lines)
 
