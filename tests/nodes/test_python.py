@@ -11,6 +11,7 @@ import nodes
 from nodes import Budget, Market, Owner, Policy, Published, Querier, Recipe, Way, read_records
 from nodes.base_model import BaseModel
 from nodes.command import build
+from nodes.known_market import remember
 from protocol.admission import AdmissionPolicy
 from protocol.errors import NotAdmitted, NotFound, UsageError
 from protocol.privacy import Guarantee, PrivacyUnit
@@ -104,6 +105,13 @@ def test_a_querier_finds_pulls_and_asks(world):
     # What was pulled answers without a market, and says so.
     alone = Querier(home=world.root / "querier", **world.tiny).ask("number 3 of wool", learnwares=[world.published.release.title], tokens=4)
     assert (alone.text, alone.left_site) == (answer.text, ())
+
+
+def test_the_market_of_a_home_needs_no_address(tmp_path):
+    with pytest.raises(UsageError, match="knows no market"):
+        Market.known(tmp_path)
+    remember(tmp_path, "market.example:7443", bytes(32))
+    assert Market.known(tmp_path) == Market("market.example:7443", tmp_path / "market-ca.crt", tmp_path)
 
 
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(tmp_path):
