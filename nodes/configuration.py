@@ -203,7 +203,7 @@ def defaults(
 
     if "home" in options and {"market", "ca"} <= options.keys() and not (said("market") or said("ca")):
         # Neither is named: an address must never meet an authority that was not meant for it.
-        from nodes.commands.options import default_home
+        from nodes.home import default_home
         from nodes.known_market import market_of
 
         known = market_of(Path(str(said("home") or default_home())))

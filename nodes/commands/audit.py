@@ -18,10 +18,10 @@ from nodes.commands.options import (
     MarketAddress,
     MaybeAuthority,
     MaybeMarket,
-    open_model,
     read_bytes,
     show,
 )
+from nodes.home import open_model
 from protocol.errors import CheckFailed, UsageError
 
 REFUTED = CheckFailed.exit_code  # a claim is shown to be false

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 
 import typer
@@ -33,6 +32,6 @@ def markets(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def _home(context: typer.Context) -> Path:
-    from nodes.commands.options import default_home
+    from nodes.home import default_home
 
-    return Path(context.params.get("home") or os.environ.get("VEILMART_HOME") or default_home())
+    return Path(context.params.get("home") or default_home())

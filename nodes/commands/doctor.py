@@ -28,8 +28,8 @@ def doctor(
     Example: veilmart doctor --json
     """
     from nodes import console
-    from nodes.commands.options import model_directory
     from nodes.doctor import Installation, examine
+    from nodes.home import model_directory
     from nodes.populations import folder_of
     from protocol.features import open_map
 

@@ -16,7 +16,8 @@ import pytest
 
 from market_node.identity import market_identity
 from nodes.command import _told
-from nodes.commands.options import name_from, unit_in
+from nodes.commands.options import unit_in
+from nodes.owner import name_from
 from protocol.errors import UsageError
 from protocol.privacy import PrivacyUnit
 from protocol.release import Card
