@@ -1,9 +1,13 @@
 """The command line in the process of a test: parsed without being run, or run from its words to its exit code."""
 
+import contextlib
 import functools
+import io
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import click
@@ -53,3 +57,15 @@ def run(capsys, *words: str, home=None, **environment: str) -> Done:
             code = ended.code
     shown = capsys.readouterr()
     return Done(code, shown.out, shown.err)
+
+
+def typed(words: list[str], folder: Path, environment: Mapping[str, str]) -> tuple[str, int]:
+    """Run a command as `run` does, in a folder and an environment of its own; return what it prints, on either output, and how it ended."""
+    out = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        with mock.patch.dict(os.environ, environment, clear=True), mock.patch.object(sys, "argv", ["veilmart", *words]):
+            try:
+                command.main()
+            except SystemExit as ended:
+                return out.getvalue(), int(ended.code or 0)
+    raise AssertionError("the command line always exits")
