@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
-from market_node.health import SERVICE
 from protocol.errors import UsageError
+from protocol.health import SERVICE
 from protocol.wire import market_pb2
 
 if TYPE_CHECKING:
