@@ -108,7 +108,7 @@ class PackedPass:
         out = factor(low)
         self._lows.setdefault(id(factor.weight), []).append(low.detach())
         self._outs.setdefault(id(factor.weight), []).append(out)
-        whole = module.base_layer(rows) + out * module.scaling["default"]
+        whole: torch.Tensor = module.base_layer(rows) + out * module.scaling["default"]
         return whole.to(rows.dtype)  # frozen weights may be in bf16, the factors never are
 
     def gradients(self, weights: Sequence[torch.Tensor], slopes: torch.Tensor) -> Iterator[list[torch.Tensor]]:
@@ -139,7 +139,7 @@ def _layer(
         return torch.cat([project(module, normed) for module in (attention.q_proj, attention.k_proj, attention.v_proj)], dim=1)
 
     def mixed_in(block: torch.Tensor) -> torch.Tensor:
-        mixed, before = block.split([block.shape[1] - width, width], dim=1)
+        mixed, before = torch.split(block, [block.shape[1] - width, width], dim=1)
         after = before + project(attention.o_proj, mixed)
         normed = layer.post_attention_layernorm(after)
         inner = mlp.act_fn(project(mlp.gate_proj, normed)) * project(mlp.up_proj, normed)
@@ -149,7 +149,7 @@ def _layer(
     heads = _in_blocks(projected, hidden, ROWS).view(len(hidden), -1, attention.head_dim).transpose(0, 1)
     shared = attention.num_key_value_groups
     count = heads.shape[0] // (shared + 2)  # of keys, and of values
-    queries, keys, values = heads.split([count * shared, count, count])
+    queries, keys, values = torch.split(heads, [count * shared, count, count])
     queries, keys = (one[0] for one in apply_rotary_pos_emb(queries[None], keys[None], turns[0][None], turns[1][None]))
     mixed, before = [], []
     for at, begin in zip(places, begins, strict=True):
@@ -177,7 +177,7 @@ def _in_blocks(work: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor,
     import torch.nn.functional as F
 
     padded = F.pad(rows, (0, 0, 0, -len(rows) % size))
-    return torch.cat([work(block) for block in padded.split(size)])[: len(rows)]
+    return torch.cat([work(block) for block in torch.split(padded, size)])[: len(rows)]
 
 
 def _places(records: Sequence[Activations]) -> tuple[list[slice], list[int]]:

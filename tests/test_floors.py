@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
-    "protocol": {"protocol", "numpy", "cryptography", "grpc", "google", "numba", "llvmlite", "tenseal", "zstandard"},
+    "protocol": {
+        "protocol", "numpy", "cryptography", "grpc", "grpc_health", "google", "numba", "llvmlite", "tenseal", "zstandard", "rich",
+    },
     "nodes": {
         "nodes", "protocol", "numpy", "cryptography", "grpc", "typer", "click", "rich", "platformdirs",
         "torch", "transformers", "tokenizers", "peft", "gguf", "safetensors", "flwr", "opacus", "dp_accounting", "scipy",
@@ -65,9 +67,19 @@ def test_flwr_stays_in_its_adapters():
     assert touching <= FLOWER
 
 
+def test_one_module_of_the_protocol_draws():
+    """Both sides show results and errors in one way: `protocol/console.py`, where no auditor's code needs it."""
+    assert {path.name for path in sources("protocol") if "rich" in imports(path)} == {"console.py"}
+
+
 def loaded_by(code: str) -> set[str]:
     program = f"import sys\n{code}\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     return set(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_importing_nodes_loads_nothing_heavy():
+    loaded = loaded_by("import nodes; nodes.__all__")
+    assert not loaded & {*SLOW_TO_LOAD, "typer", "cryptography"}
 
 
 def test_building_the_command_line_loads_nothing_heavy():

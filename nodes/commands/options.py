@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nodes.commands.completion import learnwares, markets
+from nodes.home import default_home
+from protocol.console import show as show  # every command needs it beside its options
 from protocol.errors import UsageError
 
 if TYPE_CHECKING:
-    from nodes.base_model import BaseModel
     from nodes.finetune import Recipe
     from nodes.private_training import PrivateRecipe
     from protocol.privacy import PrivacyUnit
-
-
-def default_home() -> Path:
-    """Return the folder of everything that veilmart keeps, where VEILMART_HOME does not say otherwise."""
-    import platformdirs
-
-    return platformdirs.user_data_path("veilmart")
 
 
 HOME_HELP = "Folder of models, keys, ledger and copies."
@@ -32,8 +27,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print ids only, no progress.")]
 Base = Annotated[Path | None, typer.Option("--base", help="Directory of the base model.", show_default="the imported one")]
 Map = Annotated[str, typer.Option("--map", envvar="VEILMART_MAP", help="Feature map: a name that ships with veilmart, or a file.")]
-MarketAddress = Annotated[str, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")]
-MaybeMarket = Annotated[str | None, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")]
+_MARKET = typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.", autocompletion=markets)
+MarketAddress = Annotated[str, _MARKET]
+MaybeMarket = Annotated[str | None, _MARKET]
+Learnware = Annotated[str, typer.Argument(metavar="ID", help="NAME@HEX as `find` prints it, or the id.", autocompletion=learnwares)]
 Authority = Annotated[Path, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority (ca.crt).")]
 MaybeAuthority = Annotated[Path | None, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority (ca.crt).")]
 Population = Annotated[
@@ -46,16 +43,6 @@ Unit = Annotated[
     ),
 ]
 EpsilonAdapter = Annotated[str, typer.Option("--epsilon-adapter", metavar="E|none", help="Epsilon of the adapter (DP-SGD).")]
-
-
-def open_model(home: Path, base: Path | None, device: str = "cpu") -> BaseModel:
-    """Return the model of a directory, or of a name that `model list` shows; by default the imported one."""
-    from nodes.base_model import BaseModel
-
-    directory = base or home / "models" / "smollm2-135m"
-    if not directory.is_dir() and directory.name == str(directory) and (home / "models" / directory).is_dir():
-        directory = home / "models" / directory
-    return BaseModel.open(directory, device=device)
 
 
 def recipe_of(epsilon_adapter: str, no_train: bool, delta: float = 1e-6, held_out: float = 0.0) -> Recipe | PrivateRecipe | None:
@@ -78,12 +65,6 @@ def recipe_of(epsilon_adapter: str, no_train: bool, delta: float = 1e-6, held_ou
     return PrivateRecipe(Guarantee(epsilon, delta))
 
 
-def name_from(data: Path) -> str:
-    """Return what a learnware is called that is made from a file and given no name."""
-    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in data.stem.lower()).strip("-._")
-    return name[:63] or "learnware"
-
-
 def population_name(name: str) -> str:
     """Return the name of a population; raise UsageError for one that could not be a folder."""
     from nodes.ledger import POPULATION
@@ -95,12 +76,11 @@ def population_name(name: str) -> str:
 
 def unit_in(text: str | None, folder: Path) -> PrivacyUnit:
     """Return the unit that was asked for; without one, that of the ledger in this folder."""
-    from nodes.ledger import declared
-    from protocol.privacy import RECORD, PrivacyUnit
+    from nodes.populations import unit_of
+    from protocol.privacy import PrivacyUnit
 
     if text is None:
-        there = declared(folder / "ledger.db")
-        return there[1] if there else RECORD
+        return unit_of(folder)
     # "field:person" is how every command prints it; no field's name holds a colon
     return PrivacyUnit.parse(text) if text == "record" or text.startswith("field:") else PrivacyUnit(text)
 
@@ -111,13 +91,3 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
-
-
-def show(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
-    """Print the result as JSON, or as lines for people."""
-    from nodes import console
-
-    if as_json:
-        console.print_json(result)
-    else:
-        console.print_lines(*lines)
