@@ -428,7 +428,7 @@ def serve(
 
     Example: veilmart serve -m notes@7c1f0a2b --port 8642
     """
-    from nodes import console, endpoint
+    from nodes import console, endpoint, loopback
     from nodes.reuse.strategies import Strategy, Wish, assemble, parse_strategy
     from nodes.reuse.trial import base_instead, triable
 
@@ -440,7 +440,7 @@ def serve(
     examples = request.records()
     trial = triable(examples) if tries else []
     token_path = token_file or home / "serve-token"
-    token, bound = endpoint.read_token(token_path), endpoint.bind(port)
+    token, bound = endpoint.read_token(token_path), loopback.bind(port)
     with bound:
         model = open_model(home, base, device)
         large = open_model(home, larger, device) if larger else None
@@ -457,7 +457,7 @@ def serve(
                 replace(wish, specialists=len(choice.specialists)), model, choice.specialists, weights=choice.weights, larger=large,
                 why=choice.why, left_site=choice.left_site,
             )  # fmt: skip
-        url = f"http://{endpoint.HOST}:{bound.getsockname()[1]}/v1"
+        url = f"http://{loopback.HOST}:{bound.getsockname()[1]}/v1"
         result = {
             "schema": "veilmart.serve/1", "url": url, "models": list(served), "learnware": title, "strategy": str(chosen),
             "token_file": str(token_path), "pid": os.getpid(),
