@@ -507,11 +507,12 @@ class BaseModel:
         *,
         layer: int = FEATURE_LAYER,
         kind: EmbeddingKind = EmbeddingKind.HIDDEN_STATES,
+        on_progress: Progress | None = None,
     ) -> Embedding:
         """Return the two views (n, 2, width), computed in padded batches: for queries and public text only, never for a release."""
         if kind is EmbeddingKind.LORA_GRADIENTS:  # a gradient is one record's own: there is nothing to batch
-            return self._gradients(self._encode_all(records), layer, workers, None)
-        return self._pass(self._encode_all(records), batch, workers, layer, None, None)[0]
+            return self._gradients(self._encode_all(records), layer, workers, on_progress)
+        return self._pass(self._encode_all(records), batch, workers, layer, None, on_progress)[0]
 
     def prefix_pass_batched(
         self, records: Sequence[Record], split: int | None = None, batch: int = 24, workers: int = 2, *, layer: int | None = None

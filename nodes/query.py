@@ -32,13 +32,15 @@ def views_of(records: Sequence[Record]) -> int:
     return 1 if any(isinstance(record, Prompt) for record in records) else len(VIEWS)
 
 
-def sketch_task(records: Sequence[Record], model: BaseModel, feature_map: FeatureMap) -> Sketch:
+def sketch_task(
+    records: Sequence[Record], model: BaseModel, feature_map: FeatureMap, on_progress: Callable[[int, int], None] | None = None
+) -> Sketch:
     """Return the sketch of a task's texts under the market's map.
 
     Padded batches are allowed here: nothing of a query is released, so no record needs to be independent of its neighbours.
     """
     model.admit_map(feature_map)
-    embeddings = model.embed_batched(records, layer=feature_map.layer, kind=feature_map.embedding)
+    embeddings = model.embed_batched(records, layer=feature_map.layer, kind=feature_map.embedding, on_progress=on_progress)
     return sketch_of(feature_map(embeddings), feature_map, views_of(records))
 
 
