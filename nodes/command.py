@@ -30,6 +30,7 @@ from nodes.commands import (
     reuse,
     simulation,
     train,
+    ui,
     withdraw,
 )
 from protocol.errors import UsageError, VeilmartError
@@ -48,7 +49,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of owner and querier: each module has a table from words to function."""
     groups: dict[str, typer.Typer] = {}
     modules = (
-        simulation, find, browse, reuse, explain, log, audit, audit_owner, parts, publish, withdraw, train, guard, join, certificate,
+        simulation, find, browse, reuse, ui, explain, log, audit, audit_owner, parts, publish, withdraw, train, guard, join, certificate,
         ledger, models,
         paths,
     )  # fmt: skip

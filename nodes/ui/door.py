@@ -15,17 +15,16 @@ The page shows matches, ledgers and answers, so what could reach it has to be ke
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING
+from collections.abc import Collection
 from urllib.parse import parse_qs
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nodes.loopback import hosts_of, same_secret
 
-if TYPE_CHECKING:
-    from starlette.requests import Request
-    from starlette.types import ASGIApp, Receive, Scope, Send
-
 COOKIE = "veilmart-ui"
-PUBLIC = ("/static/", "/looks.css")  # style sheets, icon and script: the same for everybody
 OWN = (None, "same-origin", "none")  # a browser that is too old to say is held by Host, cookie and Origin
 
 
@@ -44,49 +43,65 @@ class Keys:
 
 
 class Door:
-    """ASGI middleware in front of the whole page; what it refuses learns nothing but a status and one constant sentence."""
+    """ASGI middleware in front of the whole page; who is refused learns a status and one constant sentence.
 
-    def __init__(self, app: ASGIApp, keys: Keys, port: int) -> None:
-        self._app, self._keys, self._hosts = app, keys, hosts_of(port)
+    public: paths of style sheets, icon and script, the same for everybody.  By name, since whatever else is said about a path, such as
+    that nothing is there, comes in a page that names `keys.at`.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys, port: int, public: Collection[str]) -> None:
+        self._app, self._keys, self._hosts, self._public = app, keys, hosts_of(port), frozenset(public)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-            return
-        from starlette.requests import Request
-        from starlette.responses import PlainTextResponse
-
-        if scope["type"] != "http":  # nothing here speaks websockets
-            return
-        refused = self._refusal(Request(scope))
-        if refused is None:
+        elif scope["type"] == "http":  # nothing here speaks websockets
+            request = Request(scope)
+            for check, status, why in self.CHECKS:
+                if not check(self, request):
+                    await PlainTextResponse(why + "\n", status)(scope, receive, send)
+                    return
             await self._app(scope, receive, send)
-            return
-        status, why = refused
-        await PlainTextResponse(why + "\n", status)(scope, receive, send)
 
-    def _refusal(self, request: Request) -> tuple[int, str] | None:
-        """Return status and reason, or None for a request that may enter."""
-        headers, path = request.headers, request.url.path
-        hosts = headers.getlist("host")
-        if len(hosts) != 1 or hosts[0].lower() not in self._hosts:
-            return 421, "this page answers to its loopback address only"
-        if request.method not in ("GET", "HEAD", "POST"):
-            return 405, "this page cannot be asked that way"
-        # `/` is asked once, with the token, and may be linked from anywhere: from a terminal, or the file that --open opens.
-        if path != "/" and headers.get("sec-fetch-site") not in OWN:
-            return 403, "this page is not for other sites"
-        # A browser names the origin of every POST; a request without one does not come from a form of ours.
-        if request.method == "POST" and headers.getlist("origin") != [f"http://{hosts[0].lower()}"]:
-            return 403, "this page takes orders from itself only"
-        if path.startswith(PUBLIC):
-            return None
+    def names_this_page(self, request: Request) -> bool:
+        """Whether it is asked under a loopback name and the port: another site's name was made to lead here (DNS rebinding)."""
+        hosts = request.headers.getlist("host")
+        return len(hosts) == 1 and hosts[0].lower() in self._hosts
+
+    def asks_as_a_browser_does(self, request: Request) -> bool:
+        """Whether the method is one that pages and forms have; OPTIONS is not: nothing here is for other origins."""
+        return request.method in ("GET", "HEAD", "POST")
+
+    def comes_from_here(self, request: Request) -> bool:
+        """Whether the user or a page of ours caused it.
+
+        `/` is asked once, with the token, and may be linked from anywhere: from a terminal, or the file that `ui --open` opens.
+        """
+        return request.headers.get("sec-fetch-site") in OWN or request.url.path == "/"
+
+    def is_ordered_from_here(self, request: Request) -> bool:
+        """Whether what may change something comes from a form of ours: a browser names the origin of every POST."""
+        own = f"http://{request.headers['host'].lower()}"
+        return request.method != "POST" or request.headers.getlist("origin") == [own]
+
+    def knows_a_secret(self, request: Request) -> bool:
+        """Whether the cookie is there, or the token where it is exchanged for one; style sheets are for all."""
+        path, keys = request.url.path, self._keys
+        if request.method != "POST" and path in self._public:
+            return True
         if path == "/":
-            may_enter = request.method != "POST" and same_secret(_token_of(request), self._keys.token.encode())
-        else:
-            known = [same_secret(value, self._keys.cookie.encode()) for value in _cookies_of(request)]
-            may_enter = path.startswith(f"{self._keys.at}/") and any(known)
-        return None if may_enter else (403, "open the address that `veilmart ui` printed")
+            return request.method != "POST" and same_secret(_token_of(request), keys.token.encode())
+        known = [same_secret(value, keys.cookie.encode()) for value in _cookies_of(request)]
+        return path.startswith(f"{keys.at}/") and any(known)
+
+    # In this order: nothing of an answer may depend on a secret before it is sure that no page of another site can see it.
+    CHECKS = (
+        (names_this_page, 421, "this page answers to its loopback address only"),
+        (asks_as_a_browser_does, 405, "this page cannot be asked that way"),
+        (comes_from_here, 403, "this page is not for other sites"),
+        (is_ordered_from_here, 403, "this page takes orders from itself only"),
+        (knows_a_secret, 403, "open the address that `veilmart ui` printed"),
+    )
 
 
 def _token_of(request: Request) -> str:
