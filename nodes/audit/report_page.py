@@ -14,8 +14,6 @@ FOLDED = 4  # more checks of one thing than this are folded away where all hold
 WIDTH, ROW, LABEL = 390, 26, 146  # of a picture: narrow, so that its text stays readable on a telephone
 MARKS = {"present": "\u25b2", "absent": "\u2713", "not examined": "\u2013"}  # a state is told by sign and word, not by colour alone
 STYLE = """
-:root { --bad: #b3261e; --good: #1a7f4b; --bar: #0072b2; }
-@media (prefers-color-scheme: dark) { :root { --bad: #ff8a80; --good: #5fd39a; --bar: #56b4e9; } }
 h2 { border-top: 1px solid var(--grid); font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-top: 1rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 code { color: var(--soft); font: 12.5px ui-monospace, monospace; overflow-wrap: anywhere; }
@@ -28,7 +26,7 @@ ul.list li > * { min-width: 0; overflow-wrap: anywhere; }
 dl { display: grid; gap: .1rem 1rem; grid-template-columns: minmax(9rem, max-content) 1fr; margin: .5rem 0; }
 dd { font-variant-numeric: tabular-nums; margin: 0; overflow-wrap: anywhere; } dt { color: var(--soft); }
 summary { color: var(--good); cursor: pointer; }
-svg { margin: .6rem 0; width: 27rem; } svg .bar { fill: var(--bar); }
+svg { margin: .6rem 0; width: 27rem; } svg .bar { fill: var(--c1); }
 @media (max-width: 34rem) { ul.list li { grid-template-columns: 1fr; } }
 """
 
