@@ -102,5 +102,6 @@ def forecast(
     for guarantee, variance, counted in zip(guarantees, variances, told, strict=True):
         match, unsure = counted[Verdict.MATCH] / repeats, counted[Verdict.CANNOT_TELL] / repeats
         error = (match * (1 - match) / repeats) ** 0.5
-        outlooks.append(Outlook(guarantee.epsilon, variance**0.5, match, unsure, 1 - match - unsure, error))
+        other = (counted[Verdict.SIBLING] + counted[Verdict.NONE]) / repeats
+        outlooks.append(Outlook(guarantee.epsilon, variance**0.5, match, unsure, other, error))
     return Forecast(len(names) - asking, asking, repeats, tuple(outlooks))
