@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from protocol.web.forms import Form, read_form
-from protocol.web.site import STATIC, Site
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -23,6 +21,8 @@ from nodes.ui.door import Door, Keys
 from nodes.ui.views import Views
 from nodes.ui.work import Job
 from protocol.errors import VeilmartError
+from protocol.web.forms import Form, read_form
+from protocol.web.site import STATIC, Site
 
 if TYPE_CHECKING:
     import uvicorn

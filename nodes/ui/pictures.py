@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
+
 from protocol.web.picture import Bar, Line, bars, lines
 
 # Which kind of mark a verdict has, and how it is spelt where there is no room for a sentence.

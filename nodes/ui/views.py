@@ -13,13 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protocol.web.forms import Form
-from protocol.web.site import Page
-
 from nodes.records import Given, Pair, Record, read_owned_records, read_records
 from nodes.ui.work import Job, Worker
 from protocol.errors import FormatError, NotFound, UsageError
 from protocol.privacy import PrivacyUnit
+from protocol.web.forms import Form
+from protocol.web.site import Page
 
 if TYPE_CHECKING:
     from starlette.requests import Request
