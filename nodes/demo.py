@@ -23,8 +23,9 @@ QUERY_SIZE, LOSS_RECORDS = 40, 16
 TRAINING_STEPS = 44  # of 4 records: 1.5 passes, so that six owners fit into two minutes on two cores
 
 
-def write_demo_data(folder: Path) -> Path:
-    """Write the records of the six owners as TASK/train.jsonl and TASK/test.jsonl; return the folder."""
+def write_demo_data(folder: Path) -> list[Path]:
+    """Write the records of the six owners as TASK/train.jsonl and TASK/test.jsonl; return the files."""
+    files = []
     for task in demo_tasks():
         for split, count in (("train", TRAINING_RECORDS), ("test", TEST_RECORDS)):
             path = folder / task.name / f"{split}.jsonl"
@@ -32,7 +33,8 @@ def write_demo_data(folder: Path) -> Path:
             records = generate(task.name, count, "train" if split == "train" else "test")
             lines = [json.dumps({"prompt": record.prompt, "response": record.response}) for record in records]
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
+            files.append(path)
+    return files
 
 
 def run_demo(home: Path, model: BaseModel, feature_map: FeatureMap, on_progress: Progress = ignore_progress) -> dict[str, Any]:
@@ -43,9 +45,9 @@ def run_demo(home: Path, model: BaseModel, feature_map: FeatureMap, on_progress:
     folder = home / "demo"
     if folder.exists():
         shutil.rmtree(folder)  # the owners of an earlier demo are as made up as their records
-    data = write_demo_data(folder / "data")
+    write_demo_data(folder / "data")
     settings = Settings(
-        data=data, out=folder / "run", tasks=tuple(task.name for task in demo_tasks()), query_size=QUERY_SIZE, queries=1,
+        data=folder / "data", out=folder / "run", tasks=tuple(task.name for task in demo_tasks()), query_size=QUERY_SIZE, queries=1,
         epsilon_spec=1.0, recipe=Recipe(max_steps=TRAINING_STEPS), test_records=LOSS_RECORDS, query_pool=TEST_RECORDS,
     )  # fmt: skip
     result = simulate(settings, model, feature_map, on_progress)

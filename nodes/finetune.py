@@ -294,6 +294,7 @@ def batches_of(count: int, recipe: Recipe) -> list[list[int]]:
 
 
 def common_split(activations: Sequence[Activations]) -> int:
+    """Return the layer above which all of these are trained; raise RecordError for none, UsageError for several."""
     splits = {one.split for one in activations}
     if not splits:
         raise RecordError("training: expected at least one record with a response")

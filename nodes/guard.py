@@ -550,9 +550,12 @@ def alone(lock: Path) -> Iterator[None]:
 class Reachable(Protocol):
     """What a shim may ask of a guard."""
 
-    def request(self, order: Order) -> None: ...
+    def request(self, order: Order) -> None:
+        """Queue an order."""
 
-    def collect(self) -> bytes | None: ...
+    def collect(self) -> bytes | None:
+        """Return the newest visible envelope, or None."""
+        ...
 
 
 _LOCAL_GUARDS: dict[str, Reachable] = {}

@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
 
-from nodes.ledger import DEFAULT_POPULATION
+from nodes.ledger import DEFAULT_POPULATION, declared
 from nodes.records import OwnedRecords
 from protocol.codec import domain_tag
 from protocol.errors import PopulationConflict, UsageError
+from protocol.privacy import RECORD, PrivacyUnit
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS claim (digest BLOB PRIMARY KEY, population TEXT NOT NULL) STRICT, WITHOUT ROWID"
 
@@ -27,6 +28,12 @@ SCHEMA = "CREATE TABLE IF NOT EXISTS claim (digest BLOB PRIMARY KEY, population 
 def folder_of(home: Path, population: str) -> Path:
     """Return the folder of a population's ledger, key and adapters."""
     return home / "node" if population == DEFAULT_POPULATION else home / "node" / "populations" / population
+
+
+def unit_of(folder: Path) -> PrivacyUnit:
+    """Return the privacy unit of the ledger in a population's folder, which is for life; the record where it has charged nothing yet."""
+    there = declared(folder / "ledger.db")
+    return there[1] if there else RECORD
 
 
 def claims_of(home: Path) -> Path:

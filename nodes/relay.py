@@ -51,9 +51,13 @@ ANSWER_S = 120.0  # what a querier waits at most
 class Answers(Protocol):
     """The worker as the line needs it."""
 
-    def introduce(self, envelope: bytes, market_key: bytes, challenge: bytes) -> Future[list[bytes]]: ...
+    def introduce(self, envelope: bytes, market_key: bytes, challenge: bytes) -> Future[list[bytes]]:
+        """Return what the market is shown of a release's owner."""
+        ...
 
-    def answer(self, sealed: bytes, patience_s: float) -> Future[list[bytes]]: ...
+    def answer(self, sealed: bytes, patience_s: float) -> Future[list[bytes]]:
+        """Return the sealed answer to a sealed question."""
+        ...
 
 
 class _Stream:

@@ -70,6 +70,11 @@ def loaded_by(code: str) -> set[str]:
     return set(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split())
 
 
+def test_importing_nodes_loads_nothing_heavy():
+    loaded = loaded_by("import nodes; nodes.__all__")
+    assert not loaded & {*SLOW_TO_LOAD, "typer", "cryptography"}
+
+
 def test_building_the_command_line_loads_nothing_heavy():
     loaded = loaded_by("from nodes.command import build; build()")
     assert not loaded & set(SLOW_TO_LOAD)

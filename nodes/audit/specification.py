@@ -163,6 +163,7 @@ def bounds(mechanism: Mechanism, base: NDArray[np.float64], guarantee: Guarantee
 
 
 def independent(dimension: int, import_mechanism: str) -> Check:
+    """Check that two processes that seed every generator alike draw other noise."""
     program = DRAW.format(import_mechanism=import_mechanism)
     drawn = [
         subprocess.run([sys.executable, "-c", program, str(dimension)], capture_output=True, text=True, timeout=120, check=False).stdout

@@ -17,10 +17,10 @@ from nodes.commands.options import (
     MarketAddress,
     MaybeAuthority,
     MaybeMarket,
-    open_model,
     read_bytes,
     show,
 )
+from nodes.home import open_model
 from protocol.errors import UsageError
 
 REFUTED = 7  # exit code: a claim is shown to be false

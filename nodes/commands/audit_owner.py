@@ -17,11 +17,11 @@ from nodes.commands.options import (
     MaybeAuthority,
     MaybeMarket,
     Population,
-    open_model,
     population_name,
     read_bytes,
     show,
 )
+from nodes.home import open_model
 from protocol.errors import RecordError, UsageError
 
 if TYPE_CHECKING:

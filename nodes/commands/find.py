@@ -19,7 +19,6 @@ from nodes.commands.options import (
     MaybeAuthority,
     MaybeMarket,
     Quiet,
-    open_model,
     read_bytes,
     show,
 )
@@ -27,7 +26,6 @@ from protocol.errors import FormatError, IncompatibleSpecification, InvalidSigna
 
 if TYPE_CHECKING:
     from nodes.market_client import Exchange
-    from nodes.places import Places
     from nodes.query import Found
     from protocol.scoring import Match
 
@@ -66,11 +64,9 @@ def find(
     Example: veilmart find task.jsonl --market 127.0.0.1:7443 --ca ca.crt -k 3
     """
     from nodes import console
-    from nodes.market_client import MarketClient
-    from nodes.places import places
-    from nodes.query import Filters, find_encrypted, find_in_mirror, mirror_is_cheaper, prices, sketch_task
-    from nodes.records import read_records
-    from protocol.features import open_map
+    from nodes.market import Market
+    from nodes.querier import Querier, Way
+    from nodes.query import Filters
     from protocol.keys import write_durably
     from protocol.scoring import Verdict
 
@@ -81,27 +77,21 @@ def find(
         if keep_proof is not None:
             write_durably(keep_proof, exchange.proof.to_bytes())
 
-    filters = Filters(base_model, licence, max_bytes, epsilon_at_most, adapter_epsilon_at_most)
-    records, feature_map = read_records(file), open_map(which_map)
-    with MarketClient(market, ca, home) as client:
-        size = client.describe().head.size  # before the model is loaded: is the market there?
-    mirror = mirror or (auto and not keep_proof and mirror_is_cheaper(size, feature_map.dimension))
-    # No call is open while the texts are read: the time that takes would tell how many there are.
-    sketch = sketch_task(records, open_model(home, base), feature_map)
-    with MarketClient(market, ca, home) as client:
-        if mirror:
-            found = find_in_mirror(sketch, client, feature_map, filters)
-        else:
-            found = find_encrypted(sketch, client, feature_map, filters, on_exchange=keep)
-        price = prices(found.catalogue.head.size, feature_map.dimension)
-    given = places(found, top, places_per_org)
+    querier = Querier(Market(market, ca, home), feature_map=which_map, base=base)
+    search = querier.find(
+        file,
+        way=Way.MIRROR if mirror else Way.CHEAPER if auto and not keep_proof else Way.ENCRYPTED,
+        filters=Filters(base_model, licence, max_bytes, epsilon_at_most, adapter_epsilon_at_most),
+        top=top, places_per_organisation=places_per_org, on_exchange=keep,
+    )  # fmt: skip
+    found, given, price = search.found, search.places, search.price_bytes
     shown = given.matches
     result: dict[str, Any] = {
         "schema": "veilmart.find/1",
         "verdict": str(given.verdict),
-        "matching": "mirror" if mirror else "encrypted",
+        "matching": str(search.way),
         "releases": len(found.ranking.matches),
-        "query_size": sketch.size,
+        "query_size": search.sketch.size,
         "matches": [
             {
                 "id": match.release_id.hex(), "title": found.title_of(match), "rank": match.rank, "score": match.llr,
@@ -116,7 +106,7 @@ def find(
         "copies": [{"title": title, "of": original} for title, original in given.copies.items()],
         "price_bytes": price,
         "proof": str(keep_proof) if keep_proof and found.exchange else None,
-        "bytes": {"sent": client.traffic.sent, "received": client.traffic.received},
+        "bytes": {"sent": search.traffic.sent, "received": search.traffic.received},
     }  # fmt: skip
     matched = given.verdict is Verdict.MATCH
     if as_json:
@@ -139,13 +129,13 @@ def find(
             console.say(
                 f"bytes from nothing: mirror {price['mirror']}, encrypted {price['encrypted']} with the catalogue; cheaper: {cheaper}"
             )
-            seen = "that somebody fetched the catalogue" if mirror else "one ciphertext, its size, the time"
+            seen = "that somebody fetched the catalogue" if search.way is Way.MIRROR else "one ciphertext, its size, the time"
             console.say(f"the market saw: {seen}.  It did not see your text, your sketch, your filters or these scores.")
         if matched and shown:
             console.say(f'next: veilmart ask -m {found.title_of(shown[0])} "..."')
     if not matched:
         if not (as_json or quiet):
-            console.say(_why_not(found, given, sketch.size, sketch.views))
+            console.say(search.why_not)
         raise typer.Exit(NotFound.exit_code)
 
 
@@ -223,31 +213,6 @@ def _terms(found: Found, match: Match) -> dict[str, Any]:
         "base_model": terms.base_model.hex(), "adapter_size_class": terms.adapter_class,
         "adapter_guarantee": terms.adapter_guarantee or None,
     }  # fmt: skip
-
-
-def _why_not(found: Found, given: Places, query_size: int, views: int) -> str:
-    from protocol.scoring import FEW_TEXTS, Verdict
-
-    if not given.matches:
-        return "no suitable learnware: this market has none" + (" that the filters let pass" if found.catalogue.head.size else "")
-    if given.verdict is Verdict.NONE:
-        return "no suitable learnware: the best one is another task than yours; the base model is likely as good"
-    best = given.matches[0]
-    if given.verdict is Verdict.SIBLING:
-        return (
-            "a sibling: the best one is related to your task but another task "
-            f"({100 * best.separation:.0f} % of the distance between unrelated tasks); try it against the base model"
-        )
-    if views == 1:
-        return "cannot tell: prompts alone do not tell tasks apart that share their prompts; add responses to the texts"
-    if query_size < FEW_TEXTS:
-        return f"cannot tell: {query_size} texts say too little about your task; give at least {FEW_TEXTS}"
-    count = found.catalogue.columns(1).counts[found.position_of(best)]
-    # The test's resolution is governed by the noise variance of the mean, which falls with the square of the number of records.
-    return (
-        f"cannot tell: from about {count:.0f} records at this epsilon the noise hides the difference between related tasks; "
-        f"about {count * best.resolution**0.5:.0f} records, or an epsilon {best.resolution**0.5:.1f} times as large, would do"
-    )
 
 
 @contextmanager

@@ -18,8 +18,6 @@ from nodes.commands.options import (
     MaybeMarket,
     Population,
     Unit,
-    name_from,
-    open_model,
     population_name,
     recipe_of,
     show,
@@ -89,13 +87,11 @@ def node_up(
     from nodes.guard_worker import Worker
     from nodes.journal import Journal
     from nodes.ledger import Ledger, in_use
+    from nodes.owner import Owner
     from nodes.policy import AdapterRelease
-    from nodes.populations import claims_of, folder_of
+    from nodes.populations import folder_of
     from nodes.supernode import AppUser, places_of, supernode, supernode_key
     from protocol.errors import VeilmartError
-    from protocol.features import open_map
-    from protocol.hazmat.noise import operating_system
-    from protocol.release import Card
 
     if flower is not None:
         if ca is None:
@@ -117,14 +113,10 @@ def node_up(
     hide = [*places_of(data), Path.home()] if user is not None else []  # the command's own folders and the records
     path = (socket or home / "guard" / "socket").resolve()
     recipe = recipe_of(owner_policy.adapter_epsilon, owner_policy.adapter is AdapterRelease.NONE, limits.budget.delta)
+    owner = Owner(data, home=home, name=name, policy=limits, recipe=recipe, feature_map=which_map, base=base)
 
-    card = Card(name or name_from(data))
-
-    def make() -> Guard:
-        return Guard(
-            folder, data, card, open_model(home, base), open_map(which_map), operating_system(),
-            policy=limits, recipe=recipe, claims=claims_of(home),
-        )  # fmt: skip
+    def make() -> Guard:  # in the worker: only there lie records, key and model
+        return owner.guard
 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from nodes.commands.options import Home, Json, Population, default_home, population_name, show
+from nodes.commands.options import Home, Json, Population, population_name, show
+from nodes.home import default_home
 from protocol.errors import FormatError, InvalidSignature, UsageError
 
 JOINED = "market.toml"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nodes.commands.options import Base, Home, Json, Quiet, open_model, show
+from nodes.commands.options import Base, Home, Json, Quiet, show
+from nodes.home import open_model
 from protocol.errors import UsageError
 
 if TYPE_CHECKING:

@@ -7,20 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nodes.home import default_home
 from protocol.errors import UsageError
 
 if TYPE_CHECKING:
-    from nodes.base_model import BaseModel
     from nodes.finetune import Recipe
     from nodes.private_training import PrivateRecipe
     from protocol.privacy import PrivacyUnit
-
-
-def default_home() -> Path:
-    """Return the folder of everything that veilmart keeps, where VEILMART_HOME does not say otherwise."""
-    import platformdirs
-
-    return platformdirs.user_data_path("veilmart")
 
 
 HOME_HELP = "Folder of models, keys, ledger and copies."
@@ -48,16 +41,6 @@ Unit = Annotated[
 EpsilonAdapter = Annotated[str, typer.Option("--epsilon-adapter", metavar="E|none", help="Epsilon of the adapter (DP-SGD).")]
 
 
-def open_model(home: Path, base: Path | None, device: str = "cpu") -> BaseModel:
-    """Return the model of a directory, or of a name that `model list` shows; by default the imported one."""
-    from nodes.base_model import BaseModel
-
-    directory = base or home / "models" / "smollm2-135m"
-    if not directory.is_dir() and directory.name == str(directory) and (home / "models" / directory).is_dir():
-        directory = home / "models" / directory
-    return BaseModel.open(directory, device=device)
-
-
 def recipe_of(epsilon_adapter: str, no_train: bool, delta: float = 1e-6, held_out: float = 0.0) -> Recipe | PrivateRecipe | None:
     """Return how the adapter is trained, or None for a specification alone.
 
@@ -78,12 +61,6 @@ def recipe_of(epsilon_adapter: str, no_train: bool, delta: float = 1e-6, held_ou
     return PrivateRecipe(Guarantee(epsilon, delta))
 
 
-def name_from(data: Path) -> str:
-    """Return what a learnware is called that is made from a file and given no name."""
-    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in data.stem.lower()).strip("-._")
-    return name[:63] or "learnware"
-
-
 def population_name(name: str) -> str:
     """Return the name of a population; raise UsageError for one that could not be a folder."""
     from nodes.ledger import POPULATION
@@ -95,12 +72,11 @@ def population_name(name: str) -> str:
 
 def unit_in(text: str | None, folder: Path) -> PrivacyUnit:
     """Return the unit that was asked for; without one, that of the ledger in this folder."""
-    from nodes.ledger import declared
-    from protocol.privacy import RECORD, PrivacyUnit
+    from nodes.populations import unit_of
+    from protocol.privacy import PrivacyUnit
 
     if text is None:
-        there = declared(folder / "ledger.db")
-        return there[1] if there else RECORD
+        return unit_of(folder)
     # "field:person" is how every command prints it; no field's name holds a colon
     return PrivacyUnit.parse(text) if text == "record" or text.startswith("field:") else PrivacyUnit(text)
 

@@ -19,18 +19,15 @@ from nodes.commands.options import (
     Population,
     Quiet,
     Unit,
-    name_from,
-    open_model,
     population_name,
     recipe_of,
     show,
     unit_in,
 )
-from protocol.errors import Unauthorised, UsageError
+from protocol.errors import UsageError
 
 if TYPE_CHECKING:
     from nodes.guard import Plan
-    from protocol.admission import AdmissionPolicy
 
 
 def node_publish(
@@ -60,69 +57,41 @@ def node_publish(
     Example: veilmart node publish --data notes.jsonl --market 127.0.0.1:7443 --ca ca.crt --dry-run
     """
     from nodes import console
-    from nodes.guard import Guard, Order, Policy
-    from nodes.ledger import Budget, epsilon_of, in_use, total_of
-    from nodes.market_client import MarketClient
-    from nodes.membership import Membership
-    from nodes.populations import claims_of, folder_of
-    from protocol.features import open_map
-    from protocol.hazmat.noise import operating_system
-    from protocol.keys import write_durably
+    from nodes.guard import Policy
+    from nodes.ledger import Budget, epsilon_of, total_of
+    from nodes.market import Market
+    from nodes.owner import Owner
+    from nodes.populations import folder_of
     from protocol.privacy import Guarantee
-    from protocol.release import Card, open_envelope
 
-    folder = folder_of(home, population_name(population))
-    guarantee = Guarantee(epsilon, delta, unit=unit_in(unit, folder))
-    order, recipe = Order(guarantee), recipe_of(epsilon_adapter, no_train, delta)
+    guarantee = Guarantee(epsilon, delta, unit=unit_in(unit, folder_of(home, population_name(population))))
     if not dry_run and (market is None or ca is None):
         raise UsageError("node publish: expected --market and --ca", hint="`veilmart market up` prints both; --dry-run needs neither")
-    card = Card(name or name_from(data), summary, licence)
     progress = console.ProgressLine(not (as_json or quiet))
-    policy = Policy(Budget(budget, delta), largest_epsilon=largest_epsilon, population=population, unit=guarantee.unit)
-    guard = Guard(
-        folder, data, card, open_model(home, base), open_map(which_map), operating_system(),
-        policy=policy, recipe=recipe, claims=claims_of(home), on_progress=progress,
+    owner = Owner(
+        data, home=home, name=name, summary=summary, licence=licence, recipe=recipe_of(epsilon_adapter, no_train, delta),
+        policy=Policy(Budget(budget, delta), largest_epsilon=largest_epsilon, population=population, unit=guarantee.unit),
+        feature_map=which_map, base=base, on_progress=progress,
     )  # fmt: skip
-    plan = guard.plan(order)
     if dry_run:
+        plan = owner.plan(guarantee)
         _show_plan(plan, population, as_json)
         if not plan.stored:
             plan.price.require()
         return
     assert market is not None
     assert ca is not None
-    membership = Membership.of(folder)
-    with MarketClient(market, ca, home, membership) as client:
-        # Before anything is trained or charged: is it the right market, would it take this, and does it hold what the ledger forgot?
-        description = client.describe(guard.owner)
-        if not description.may_publish:
-            raise Unauthorised(
-                "node publish: you are not enrolled at this market", hint="`veilmart node join` with an invite of its operator"
-            )
-        client.knock()
-        guard.require_current(client.releases_of(guard.owners, open_map(which_map)))
-    if not plan.stored:
-        warning = _require_welcome(plan, description.admission)
-        if warning:  # on standard error, so neither --json nor --quiet hides what is about to be paid for
-            console.say(warning)
-    with in_use(folder):
-        envelope = guard.release(order)
+    # The warning goes to standard error, so neither --json nor --quiet hides what is about to be paid for.
+    published = owner.publish(Market(market, ca, home), guarantee, on_warning=console.say)
     progress.close()
-    release = open_envelope(envelope)
-    file = guard.adapter_file(release)
-    with MarketClient(market, ca, home, membership) as client:
-        receipt = client.publish(envelope)
-        write_durably(kept := home / "receipts" / f"{release.release_id.hex()}.receipt", receipt.to_bytes(), 0o644)
-        # After its release: a market takes no other files.  Where this breaks off, the same command goes on.
-        if file is not None and release.adapter is not None:
-            client.upload_adapter(release.adapter, file.read_bytes())
-    price = guard.price(guarantee)
+    release, price, kept = published.release, published.price, published.receipt_file
+    envelope_bytes = len(published.receipt.envelope)
     result = {
-        "schema": "veilmart.publish/1", "release_id": release.release_id.hex(), "title": release.title, "index": receipt.index,
+        "schema": "veilmart.publish/1", "release_id": release.release_id.hex(), "title": release.title, "index": published.receipt.index,
         "epsilon_spec": epsilon, "delta": delta, "epsilon_adapter": epsilon_of(release.adapter),
-        "epsilon_total": total_of(release), "release_bytes": len(envelope),
+        "epsilon_total": total_of(release), "release_bytes": envelope_bytes,
         "population": population, "unit": str(guarantee.unit), "spent": price.spent, "left": price.left, "budget": price.limit,
-        "stored_bytes_sent_again": plan.stored, "receipt": str(kept),
+        "stored_bytes_sent_again": published.stored, "receipt": str(kept),
     }  # fmt: skip
     if quiet:
         console.print_lines(release.release_id.hex())
@@ -135,36 +104,13 @@ def node_publish(
             else f"adapter: {release.adapter.guarantee}; together epsilon {total_of(release):.2f}"
         )
     lines = [
-        f"published {release.title}  position {receipt.index}, {len(envelope)} bytes signed"
-        + (" (paid before: the stored bytes were sent again)" if plan.stored else ""),
+        f"published {release.title}  position {published.receipt.index}, {envelope_bytes} bytes signed"
+        + (" (paid before: the stored bytes were sent again)" if published.stored else ""),
         f"specification: epsilon {epsilon:g} at delta {delta:g}, unit {guarantee.unit}, add-or-remove-one; {adapter}",
         f"ledger of population {population}: spent {price.spent:.2f} of {price.limit:.2f}, left {price.left:.2f}",
         f"receipt: {kept}  (check it offline: veilmart verify release {shlex.quote(str(kept))})",
     ]
     show(result, as_json, lines)
-
-
-def _require_welcome(plan: Plan, policy: AdmissionPolicy) -> str:
-    """Raise NotAdmitted for a guarantee that this market refuses; return a warning where it may refuse the count, or nothing.
-
-    The number of units never decides here.  The market chose its smallest count and sees whether a release follows: with a few choices it
-    would learn the exact number.  Its admission decides on the noisy count, after the charge, and only the owner reads this warning.
-    """
-    from protocol.admission import require_adapter, require_claim
-    from protocol.specification import COUNT_STEP
-
-    require_claim(plan.release.specification.guarantee, policy)
-    if plan.trains_adapter:
-        require_adapter(plan.adapter_guarantee, policy)
-    least = policy.smallest_count or 0
-    safe = least + 3.1 * plan.noise_std / COUNT_STEP
-    if plan.units >= safe:
-        return ""
-    likely = "will probably" if plan.units < least else "may"
-    return (
-        f"warning: after noise the count {likely} be below this market's {least} and be refused, after the charge; "
-        f"from {safe:.0f} units on it will not (several small owners can release one specification together)"
-    )
 
 
 def _rule_of_thumb(strength: float) -> str:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nodes.commands.options import Authority, Base, Home, Json, Map, MarketAddress, MaybeAuthority, MaybeMarket, Quiet, open_model, show
-from protocol.errors import NotFound, UsageError
+from nodes.commands.options import Authority, Base, Home, Json, Map, MarketAddress, MaybeAuthority, MaybeMarket, Quiet, show
+from protocol.errors import UsageError
 
 if TYPE_CHECKING:
-    from nodes.base_model import BaseModel
     from nodes.console import ProgressLine
-    from nodes.records import Pair, Record
-    from nodes.reuse.choice import Choice
-    from nodes.reuse.strategies import Mixing, Wish
+    from nodes.querier import Querier
+    from nodes.reuse.strategies import Mixing
 
 
 def pull(
@@ -37,13 +34,11 @@ def pull(
     Example: veilmart pull notes@7c1f0a2b --cover 7 --market 127.0.0.1:7443 --ca ca.crt
     """
     from nodes import console
-    from nodes.learnwares import pull_learnware
-    from nodes.market_client import MarketClient
-    from protocol.features import open_map
+    from nodes.market import Market
+    from nodes.querier import Querier
 
     progress = console.ProgressLine(not (as_json or quiet))
-    with MarketClient(market, ca, home) as client:
-        stored = pull_learnware(learnware, client, home, open_map(which_map), lambda done, of: progress("pull", done, of), cover)
+    stored = Querier(Market(market, ca, home), feature_map=which_map, on_progress=progress).pull(learnware, cover=cover)
     progress.close()
     if quiet:
         console.print_lines(stored.release.release_id.hex())
@@ -92,65 +87,14 @@ Cover = Annotated[int, typer.Option("--cover", min=0, max=63, help="Fetch so man
 Several = Annotated[int, typer.Option("--several", min=1, max=8, help="At most so many specialists in a mixture found by --task.")]
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """The options that `ask`, `compare` and `serve` have in common."""
+def _querier(
+    home: Home, market: str | None, ca: Path | None, which_map: str, base: Path | None, device: str, progress: ProgressLine
+) -> Querier:
+    from nodes.market import Market
+    from nodes.querier import Querier
 
-    home: Path
-    names: tuple[str, ...]
-    strategies: tuple[str, ...]
-    market: str | None
-    ca: Path | None
-    task: Path | None
-    larger: Path | None
-    base: Path | None
-    which_map: str
-    nothing_leaves: bool
-    device: str
-    several: int = 1
-    tries: int = 1
-    cover: int = 0
-
-    def check(self) -> None:
-        """Raise UsageError for what cannot work, before anything is loaded or sent."""
-        from nodes.reuse.choice import check_here, check_nothing_leaves
-        from nodes.reuse.strategies import WITH_SPECIALIST, Strategy, check_directories
-
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UsageError("--device: expected auto, cpu or cuda")
-        wanted = [Strategy(name) for name in self.strategies]
-        needed = any(strategy in WITH_SPECIALIST for strategy in wanted)
-        if self.nothing_leaves and needed:
-            check_nothing_leaves(self.names, self.home, self.market)
-        if needed and not self.names and (self.task is None or self.market is None):
-            raise UsageError("no specialist is named", hint="-m ID names one; --task FILE with --market finds one")
-        if needed and not (self.market and self.ca):
-            check_here(self.names, self.home)
-        for strategy in wanted:
-            check_directories(strategy, self.base or self.home / "models" / "smollm2-135m", self.larger)
-
-    def choose(self, model: BaseModel, task: Sequence[Record]) -> Choice:
-        """Return the specialists; raise NotFound where there are none."""
-        from contextlib import nullcontext
-
-        from nodes.market_client import MarketClient
-        from nodes.reuse.choice import matched, named
-        from protocol.features import open_map
-
-        feature_map = open_map(self.which_map)
-        connected = MarketClient(self.market, self.ca, self.home) if self.market and self.ca else nullcontext()
-        with connected as client:
-            if self.names:
-                return named(self.names, model, self.home, client, feature_map, task, self.cover)
-            if client is None:
-                raise UsageError("--task: needs a market to find a specialist at", hint="give --market and --ca")
-            return matched(task, model, self.home, client, feature_map, self.several, tries=self.tries, cover=self.cover)
-
-    def records(self) -> Sequence[Record]:
-        """Return the records of the task, none without one."""
-        from nodes.records import read_records
-
-        return read_records(self.task) if self.task else ()
+    named = Market(market, ca, home) if market is not None and ca is not None else None
+    return Querier(named, home=home, feature_map=which_map, base=base, device=device, on_progress=progress)
 
 
 def ask(
@@ -207,39 +151,23 @@ def ask(
         return
     from nodes.records import read_records
     from nodes.reuse.calibration import answered
-    from nodes.reuse.strategies import Strategy, Wish, assemble, parse_strategy
-    from nodes.reuse.trial import base_instead, triable
+    from nodes.reuse.strategies import Strategy, parse_strategy
 
-    chosen, names = parse_strategy(strategy), tuple(learnware or ())
-    count = len(names) or (several if chosen is Strategy.MIXTURE else 1)
-    wish = Wish(chosen, larger is not None, count, alpha, tau, mixing_of(mixing), calibrated=validation is not None)
-    found = several if chosen is Strategy.MIXTURE else 1
-    request = _Request(home, names, (chosen,), market, ca, task, larger, base, which_map, nothing_leaves, device, found, cover=cover)
-    request.check()
+    chosen = parse_strategy(strategy)
     pairs = answered(read_records(validation), validation.name, 1) if validation else []
-    examples = request.records()
-    trial = triable(pairs or examples) if tries else []
-    model = open_model(home, base, device)
-    choice = None
+    examples = read_records(task) if task else []
     progress = console.ProgressLine(not as_json)
-    if chosen not in (Strategy.BASE, Strategy.LARGER):
-        choice = _tried(wish, model, replace(request, tries=tries if trial else 1).choose(model, examples), trial, progress)
-    if choice is not None and not choice.specialists:
-        assistant = base_instead(model, choice)
-    else:
-        large = open_model(home, larger, device) if wish.larger else None
-        wish = _calibrated(wish, model, choice, large, pairs, tokens, progress)
-        assistant = assemble(
-            replace(wish, specialists=len(choice.specialists) if choice else 0), model, choice.specialists if choice else (),
-            weights=choice.weights if choice else (), larger=large,
-            why=choice.why if choice else "", left_site=choice.left_site if choice else (),
-        )  # fmt: skip
+    querier = _querier(home, market, ca, which_map, base, device, progress)
+    assistant = querier.assistant(
+        chosen, learnwares=learnware or (), task=examples, validation=pairs, larger=larger, alpha=alpha, tau=tau, mixing=mixing_of(mixing),
+        several=several, tries=tries, cover=cover, nothing_leaves=nothing_leaves, tokens=tokens,
+    )  # fmt: skip
     progress.close()
     question = sys.stdin.read() if text == "-" else text
     answer = assistant.answer([("user", question)], tokens)
-    plain = model.generate(question, None, tokens) if compare else None
+    plain = querier.model.generate(question, None, tokens) if compare else None
     result = {
-        "schema": "veilmart.ask/2", "learnware": [one.title for one in choice.specialists] if choice else [],
+        "schema": "veilmart.ask/2", "learnware": [one.title for one in assistant.account.specialists],
         "answer": answer.text, "base_answer": plain,
         "strategy": str(answer.strategy), "answered_by": answer.answered_by, "why": answer.why, "escalated": answer.escalated,
         "confidence": answer.confidence, "tokens": answer.tokens, "seconds": answer.seconds, "finished": answer.finished,
@@ -247,7 +175,7 @@ def ask(
     }  # fmt: skip
     lines = [answer.text] if plain is None else [f"{answer.answered_by}: {answer.text}", f"base model: {plain}"]
     show(result, as_json, lines)
-    if not as_json and (trial or chosen is not Strategy.SINGLE):
+    if not as_json and (pairs or examples or chosen is not Strategy.SINGLE):
         console.say(f"answered by {answer.answered_by}: {answer.why}")
     if not as_json:
         for told in answer.left_site:
@@ -297,43 +225,6 @@ def mixing_of(text: str) -> Mixing:
     return Mixing(text)
 
 
-def _tried(wish: Wish, model: BaseModel, choice: Choice, pairs: Sequence[Pair], progress: ProgressLine) -> Choice:
-    """Return what is left of a choice after a trial on these records, which may be the base model; all of it without records."""
-    from nodes.reuse.strategies import WITH_LARGER
-    from nodes.reuse.trial import tried
-
-    if not pairs:
-        return replace(choice, why=f"{choice.why}; not tried on your records")
-    kept = tried(wish, model, choice, pairs, progress)
-    if not kept.specialists and wish.strategy in WITH_LARGER:
-        raise NotFound(f"no specialist for this task: {kept.why}", hint="--try 0 takes the best match all the same")
-    return kept
-
-
-def _calibrated(
-    wish: Wish,
-    model: BaseModel,
-    choice: Choice | None,
-    larger: BaseModel | None,
-    pairs: Sequence[Pair],
-    tokens: int,
-    progress: ProgressLine,
-) -> Wish:
-    """Return the wish with what was not given calibrated on a user's records."""
-    from nodes.reuse.calibration import calibrate_alpha, calibrate_tau
-    from nodes.reuse.decoding import Voice
-    from nodes.reuse.strategies import Part, Strategy
-
-    if not pairs or larger is None or choice is None:
-        return wish
-    specialist, large = Voice(model, choice.specialists[0].adapter), Voice(larger)
-    if wish.strategy is Strategy.CASCADE and wish.tau is None:
-        return replace(wish, tau=calibrate_tau(pairs, Part(specialist, model), Part(large, larger), tokens, progress))
-    if wish.strategy is Strategy.PROXY and wish.alpha is None:
-        return replace(wish, alpha=calibrate_alpha(pairs, model, specialist, Voice(model), large, progress))
-    return wish
-
-
 def compare(
     home: Home,
     validation: Annotated[Path, typer.Option("--validation", help="Your records: one half calibrates, the other half is scored.")],
@@ -361,27 +252,25 @@ def compare(
     from nodes.pareto import cells, page, table_columns
     from nodes.records import read_records
     from nodes.reuse.calibration import answered, halves
+    from nodes.reuse.strategies import Strategy
     from protocol.keys import write_durably
 
     pairs = answered(read_records(validation, limit), validation.name, 2)
     calibration, scored = halves(pairs)
     if not scored:
         raise UsageError(f"{validation.name}: expected at least two different records")
-    wanted = ("single", *(("larger",) if larger else ()))
-    request = _Request(
-        home, tuple(learnware or ()), wanted, market, ca, validation, larger, base, which_map, nothing_leaves, device, several
-    )
-    request.check()
-    model = open_model(home, base, device)
-    choice = request.choose(model, calibration)
-    large = open_model(home, larger, device) if larger else None
-    progress = console.ProgressLine(not as_json)
-    assistants = lineup(model, choice, large, calibration, tokens, progress)
+    progress, names = console.ProgressLine(not as_json), learnware or ()
+    querier = _querier(home, market, ca, which_map, base, device, progress)
+    wanted = [Strategy.SINGLE, *([Strategy.LARGER] if larger else [])]
+    querier.check(wanted, names, with_task=True, larger=larger, nothing_leaves=nothing_leaves)
+    choice = querier.choose(names, calibration, several=several)
+    large = querier.larger_model(larger) if larger else None
+    assistants = lineup(querier.model, choice, large, calibration, tokens, progress)
     rows = run(assistants, scored, tokens, progress)
     progress.close()
     front = [row.name for row in pareto_front(rows)]
     result = {
-        "schema": "veilmart.compare/1", "calibrated_on": len(calibration), "scored_on": len(scored), "device": model.device,
+        "schema": "veilmart.compare/1", "calibrated_on": len(calibration), "scored_on": len(scored), "device": querier.model.device,
         "learnwares": [{"title": one.title, "weight": weight} for one, weight in zip(choice.specialists, choice.weights, strict=True)],
         "why": choice.why, "left_site": list(choice.left_site), "pareto_front": front, "strategies": [asdict(row) for row in rows],
         "html": str(html) if html else None,
@@ -429,34 +318,29 @@ def serve(
     Example: veilmart serve -m notes@7c1f0a2b --port 8642
     """
     from nodes import console, endpoint, loopback
-    from nodes.reuse.strategies import Strategy, Wish, assemble, parse_strategy
-    from nodes.reuse.trial import base_instead, triable
+    from nodes.records import read_records
+    from nodes.reuse.strategies import WITH_SPECIALIST, Strategy, Wish, assemble, parse_strategy
 
-    chosen, names = parse_strategy(strategy), tuple(learnware or ())
-    several = several if chosen is Strategy.MIXTURE else 1
-    wish = Wish(chosen, larger is not None, len(names) or several, alpha, tau, mixing_of(mixing))
-    request = _Request(home, names, (chosen,), market, ca, task, larger, base, which_map, nothing_leaves, device, several, cover=cover)
-    request.check()
-    examples = request.records()
-    trial = triable(examples) if tries else []
+    chosen = parse_strategy(strategy)
+    examples = read_records(task) if task else []
     token_path = token_file or home / "serve-token"
     token, bound = endpoint.read_token(token_path), loopback.bind(port)
     with bound:
-        model = open_model(home, base, device)
-        large = open_model(home, larger, device) if larger else None
-        served = {"base": assemble(Wish(Strategy.BASE, specialists=0), model)}
-        if large is not None:
-            served["larger"] = assemble(Wish(Strategy.LARGER, larger=True, specialists=0), model, larger=large)
+        progress = console.ProgressLine(not as_json)
+        querier = _querier(home, market, ca, which_map, base, device, progress)
+        assistant = querier.assistant(
+            chosen, learnwares=learnware or (), task=examples, larger=larger, alpha=alpha, tau=tau, mixing=mixing_of(mixing),
+            several=several, tries=tries, cover=cover, nothing_leaves=nothing_leaves,
+        )  # fmt: skip
+        progress.close()
+        served = {"base": assemble(Wish(Strategy.BASE, specialists=0), querier.model)}
+        if larger is not None:
+            large = querier.larger_model(larger)
+            served["larger"] = assemble(Wish(Strategy.LARGER, larger=True, specialists=0), querier.model, larger=large)
         title = str(chosen)
-        if chosen not in (Strategy.BASE, Strategy.LARGER):
-            progress = console.ProgressLine(not as_json)
-            choice = _tried(wish, model, replace(request, tries=tries if trial else 1).choose(model, examples), trial, progress)
-            progress.close()
-            title = " + ".join(one.title for one in choice.specialists) or "base"
-            served["veilmart"] = base_instead(model, choice) if not choice.specialists else assemble(
-                replace(wish, specialists=len(choice.specialists)), model, choice.specialists, weights=choice.weights, larger=large,
-                why=choice.why, left_site=choice.left_site,
-            )  # fmt: skip
+        if chosen in WITH_SPECIALIST:
+            served["veilmart"] = assistant
+            title = " + ".join(one.title for one in assistant.account.specialists) or "base"
         url = f"http://{loopback.HOST}:{bound.getsockname()[1]}/v1"
         result = {
             "schema": "veilmart.serve/1", "url": url, "models": list(served), "learnware": title, "strategy": str(chosen),

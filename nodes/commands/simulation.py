@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from nodes.commands.options import Base, EpsilonAdapter, Home, Json, Map, Quiet, open_model, recipe_of
+from nodes.commands.options import Base, EpsilonAdapter, Home, Json, Map, Quiet, recipe_of, show
+from nodes.home import open_model
 
 
 def sim(
@@ -85,6 +86,9 @@ def sim(
 
 def demo(
     home: Home,
+    texts: Annotated[
+        Path | None, typer.Option("--texts", metavar="DIR", help="Write the made-up records of the six owners to a folder, and no more.")
+    ] = None,
     which_map: Map = "kme-lin-96",
     base: Base = None,
     as_json: Json = False,
@@ -92,12 +96,19 @@ def demo(
 ) -> None:
     """The whole story on this machine: six owners, private specifications, specialists, encrypted matching, answers.
 
+    The first steps of docs/start-*.md work on its texts: `veilmart demo --texts texts`.
+
     Example: veilmart demo
     """
     from nodes import console
-    from nodes.demo import print_demo, run_demo
+    from nodes.demo import print_demo, run_demo, write_demo_data
     from protocol.features import open_map
 
+    if texts is not None:
+        files = write_demo_data(texts)
+        result = {"schema": "veilmart.demo-texts/1", "files": [str(file) for file in files]}
+        show(result, as_json, [str(file) for file in files])
+        return
     progress = console.ProgressLine(not quiet)
     result = run_demo(home, open_model(home, base), open_map(which_map), progress)
     progress.close()

@@ -16,7 +16,6 @@ from nodes.commands.options import (
     Population,
     Quiet,
     Unit,
-    open_model,
     population_name,
     recipe_of,
     show,
@@ -51,29 +50,27 @@ def node_train(
     Example: veilmart node train --data notes.jsonl --epsilon-adapter 8 --budget 12 --dry-run
     """
     from nodes import console
-    from nodes.guard import Guard, Policy
+    from nodes.guard import Policy
     from nodes.ledger import Budget
-    from nodes.populations import claims_of, folder_of
-    from protocol.features import open_map
-    from protocol.hazmat.noise import operating_system
-    from protocol.release import Card
+    from nodes.owner import Owner
+    from nodes.populations import folder_of
 
-    folder = folder_of(home, population_name(population))
-    recipe = recipe_of(epsilon_adapter, False, delta, HELD_OUT)
-    policy = Policy(Budget(budget, delta), minimum_records=1, population=population, unit=unit_in(unit, folder))
+    policy = Policy(
+        Budget(budget, delta), minimum_records=1, population=population, unit=unit_in(unit, folder_of(home, population_name(population)))
+    )
     progress = console.ProgressLine(not (as_json or quiet))
-    guard = Guard(
-        folder, data, Card("trained"), open_model(home, base), open_map(which_map), operating_system(),
-        policy=policy, recipe=recipe, limit=limit, claims=claims_of(home), on_progress=progress,
+    owner = Owner(
+        data, home=home, policy=policy, recipe=recipe_of(epsilon_adapter, False, delta, HELD_OUT), limit=limit,
+        feature_map=which_map, base=base, on_progress=progress,
     )  # fmt: skip
-    plan = guard.training_plan()
+    plan = owner.training_plan()
     if dry_run:
         _show_plan(plan, as_json)
         plan.price.require()
         return
     if not (as_json or quiet):
         console.say(_needs(plan))
-    trained = guard.train()
+    trained = owner.train()
     progress.close()
     _show(trained, plan, as_json, quiet)
 

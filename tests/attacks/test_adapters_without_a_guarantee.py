@@ -10,10 +10,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from nodes.adapter import Adapter
 from nodes.audit.training import membership
 from nodes.base_model import BaseModel
-from nodes.commands.publish import _require_welcome
 from nodes.finetune import Recipe, finetune
 from nodes.learnwares import fetch_release, pull_learnware
 from nodes.market_client import MarketClient
+from nodes.owner import require_welcome
 from protocol.admission import AdmissionPolicy
 from protocol.catalogue import scalars_of
 from protocol.errors import NotAdmitted
@@ -109,6 +109,6 @@ def test_an_owner_is_told_before_anything_is_trained_or_charged(tmp_path, model)
     plan = guard.plan(Order(Guarantee(1.0, 1e-6)))
     assert plan.adapter_guarantee == NOT_PRIVATE
     with pytest.raises(NotAdmitted, match="adapter") as caught:
-        _require_welcome(plan, PRIVATE_ONLY)
+        require_welcome(plan, PRIVATE_ONLY)
     assert "--epsilon-adapter" in caught.value.hint
-    _require_welcome(plan, AdmissionPolicy())
+    require_welcome(plan, AdmissionPolicy())

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nodes.commands.options import name_from, unit_in
+from nodes.commands.options import unit_in
+from nodes.owner import name_from
 from protocol.errors import UsageError
 from protocol.privacy import PrivacyUnit
 from protocol.release import Card

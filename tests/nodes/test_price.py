@@ -5,10 +5,11 @@ import json
 import pytest
 
 from nodes.base_model import BaseModel
-from nodes.commands.publish import _require_welcome, _rule_of_thumb, _show_plan
+from nodes.commands.publish import _rule_of_thumb, _show_plan
 from nodes.finetune import Recipe
 from nodes.guard import Order, Policy
 from nodes.ledger import Budget
+from nodes.owner import require_welcome
 from protocol.admission import AdmissionPolicy
 from protocol.errors import NotAdmitted
 from protocol.privacy import Guarantee, PrivacyUnit
@@ -86,14 +87,14 @@ def test_the_rule_of_thumb(strength, words):
 
 def test_what_the_market_would_refuse_is_told_before_it_is_paid_for(tmp_path, model):
     plan = plan_of(tmp_path, model)
-    assert _require_welcome(plan, AdmissionPolicy()) == ""
-    assert "warning" in _require_welcome(plan, AdmissionPolicy(smallest_count=100))
+    assert require_welcome(plan, AdmissionPolicy()) == ""
+    assert "warning" in require_welcome(plan, AdmissionPolicy(smallest_count=100))
     for policy in (AdmissionPolicy(largest_epsilon=0.5), AdmissionPolicy(delta=1e-5)):
         with pytest.raises(NotAdmitted):
-            _require_welcome(plan, policy)
+            require_welcome(plan, policy)
 
 
 @pytest.mark.parametrize("least", [1, 119, 120, 121, 1 << 19])
 def test_a_market_cannot_measure_the_number_of_units_by_its_smallest_count(tmp_path, model, least):
-    warning = _require_welcome(plan_of(tmp_path, model), AdmissionPolicy(smallest_count=least))  # goes on, whatever the market chose
+    warning = require_welcome(plan_of(tmp_path, model), AdmissionPolicy(smallest_count=least))  # goes on, whatever the market chose
     assert ("after the charge" in warning) == (least > 1)
