@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nodes.ledger import Budget, Ledger, Price, declared, specification_charge
+from nodes.ledger import Budget, Ledger, Price, specification_charge
+from nodes.populations import unit_of
 from protocol.errors import NotFound
-from protocol.privacy import RECORD, Guarantee, ledger_epsilon
+from protocol.privacy import Guarantee, ledger_epsilon
 
 DELTA = 1e-6
 
@@ -17,8 +18,7 @@ def open_ledger(folder: Path, population: str, budget: float = 4.0) -> Ledger:
     path = folder / "ledger.db"
     if not path.is_file():
         raise NotFound(f"{path}: no ledger yet", hint="the first `veilmart node publish` makes one")
-    there = declared(path)
-    return Ledger.open(path, Budget(budget, DELTA), population, there[1] if there else RECORD)
+    return Ledger.open(path, Budget(budget, DELTA), population, unit_of(folder))
 
 
 def statement(ledger: Ledger, *, prv: bool = False) -> dict[str, Any]:

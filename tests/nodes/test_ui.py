@@ -303,8 +303,8 @@ def test_a_task_is_matched_and_the_verdict_is_explained(world):
     page, twin = world.local.work("match", file=lines_of(world.root / "wool.jsonl", 40), way="mirror")
     result = twin["result"]
     assert result["matches"][0]["title"] == world.title
-    assert result["verdict"] in ("match", "cannot tell")
-    assert result["words"].split(":")[0].removeprefix("a ") == result["verdict"]
+    begins = {"match": "a match:", "sibling": "a sibling:", "none": "no suitable learnware:", "cannot tell": "cannot tell:"}
+    assert result["words"].startswith(begins[result["verdict"]])  # whichever it is: a random model is no calibrated one
     assert result["words"].replace("'", "&#39;") in page.text
     assert "That somebody fetched the catalogue" in page.text
     assert "<svg" in page.text
