@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nodes.loopback import hosts_of, make_server, same_secret
+from nodes.loopback import hosts_of, make_server, run, same_secret
 from nodes.reuse.strategies import Answer, Assistant
 from protocol.errors import Unauthorised, UsageError, VeilmartError
 
@@ -360,4 +360,4 @@ def provenance(answer: Answer) -> dict[str, Any]:
 
 def serve(assistants: Mapping[str, Assistant], token: str, bound: socket.socket) -> None:
     """Serve on a bound socket until the process is told to stop."""
-    make_server(application(assistants, token, bound.getsockname()[1])).run(sockets=[bound])
+    run(make_server(application(assistants, token, bound.getsockname()[1])), bound)

@@ -7,6 +7,7 @@ keeps out a page whose own name was made to resolve to 127.0.0.1 (DNS rebinding)
 from __future__ import annotations
 
 import hmac
+import signal
 import socket
 from typing import TYPE_CHECKING
 
@@ -52,3 +53,12 @@ def make_server(application: ASGIApp) -> uvicorn.Server:
         application, ws="none", log_config=None, access_log=False, server_header=False, limit_concurrency=64, timeout_graceful_shutdown=5,
     )  # fmt: skip
     return uvicorn.Server(config)
+
+
+def run(server: uvicorn.Server, bound: socket.socket) -> None:
+    """Serve on a bound socket until the process is told to stop, then return: from the main thread only."""
+    # uvicorn stops at either signal, and raises it once more for whoever handled it before: by default that would end the process here,
+    # before anything could be put in order.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    server.run(sockets=[bound])

@@ -8,7 +8,7 @@ from typing import Any
 from nodes.ledger import Budget, Ledger, Price, specification_charge
 from nodes.populations import unit_of
 from protocol.errors import NotFound
-from protocol.privacy import Guarantee, ledger_epsilon
+from protocol.privacy import Event, Guarantee, ledger_epsilon
 
 DELTA = 1e-6
 
@@ -34,7 +34,7 @@ def statement(ledger: Ledger, *, prv: bool = False) -> dict[str, Any]:
         from nodes.accountant import prv_epsilon
 
         figure = prv_epsilon(events, delta)
-    rows, so_far = [], []
+    rows, so_far = list[dict[str, Any]](), list[Event]()
     for entry in entries:
         so_far += entry.charge.events
         rows.append({

@@ -56,7 +56,7 @@ def ui(
         sys.stdout.flush()
         if open_browser:
             stack.callback(_open(home, url))
-        server.run(sockets=[bound])
+        loopback.run(server, bound)
     console.say("stopped")
 
 
