@@ -35,7 +35,9 @@ def budget_picture(statement: Mapping[str, Any], price: Mapping[str, Any]) -> Ma
         Line("with the next release", [last, (last[0] + 1, price["total"])], "c3"),
         Line("budget", [(0.0, statement["budget"]), (last[0] + 1, statement["budget"])], "c2"),
     ]
-    return lines(series, "Epsilon spent after each charge", "charges", "epsilon", height=280)
+    step = len(spent) // 12 + 1  # as many labels as have room
+    below = {number: f"{number:g}" if number else "start" for number, _ in spent[::step]} | {last[0] + 1: "next"}
+    return lines(series, "Epsilon spent after each charge", "charge", "epsilon", x_ticks=below, height=280)
 
 
 def outlook_picture(outlooks: Sequence[Mapping[str, Any]]) -> Markup:
