@@ -14,16 +14,27 @@ VERDICTS = {"match": ("c1", "\u2713 match"), "sibling": ("c2", "\u2248 sibling")
             "cannot tell": ("c4", "? cannot tell")}  # fmt: skip
 
 
+SHORT = 20  # characters
+
+
 def match_picture(result: Mapping[str, Any]) -> Markup:
-    """Return the scores of the best matches with their noise, in the order of their rank."""
-    rows = [
-        Bar(
-            match["title"], match["score"], 2 * match["std"], f"{match['score']:.1f} ± {2 * match['std']:.1f}",
-            VERDICTS[match["verdict"]][0],
-        )
-        for match in result["matches"]
-    ]  # fmt: skip
-    return bars(rows, "Score of each match, in nats, with two standard deviations of its noise", width=600, label_width=190)
+    """Return the scores of the best matches with their noise, in the order of their rank.
+
+    A score far below zero says no more than one below it, and would leave no room for those that say something: its bar is cut off.
+    """
+    lowest = -max([20.0, *(match["score"] for match in result["matches"])])
+    rows = []
+    for match in result["matches"]:
+        cut = match["score"] < lowest
+        words = f"{'← ' if cut else ''}{match['score']:.1f} ± {2 * match['std']:.1f}"
+        error = None if cut else 2 * match["std"]
+        rows.append(Bar(_short(match["title"]), max(match["score"], lowest), error, words, VERDICTS[match["verdict"]][0]))
+    return bars(rows, "Score of each match, in nats, with two standard deviations of its noise", width=440, label_width=140)
+
+
+def _short(title: str) -> str:
+    """Return a title that fits beside a bar; the table has it whole."""
+    return title if len(title) <= SHORT else f"{title[: SHORT - 9]}…{title[-8:]}"
 
 
 def budget_picture(statement: Mapping[str, Any], price: Mapping[str, Any]) -> Markup:
