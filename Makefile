@@ -12,7 +12,8 @@ demo: model
 test: model check
 	$(BIN)/python -m pytest -n $(WORKERS) -q -m "not slow and not nightly"
 slow: model
-	$(BIN)/python -m pytest -q -m slow --timeout 900
+	failed=0; $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m "slow and not alone" --timeout 900 --durations 25 || failed=1; \
+	$(BIN)/python -m pytest -q -m "slow and alone" --timeout 900 --durations 25 || failed=1; exit $$failed
 nightly: model
 	$(BIN)/python -m pytest -q -m nightly --timeout 3600
 check: setup

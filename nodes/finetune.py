@@ -21,6 +21,7 @@ import numpy as np
 
 from nodes.adapter import Adapter, attach, detach, with_lora
 from nodes.base_model import Activations, BaseModel, single_threaded_workers
+from nodes.packed import parts_of, response_states
 from protocol.errors import RecordError, TrainingFailed, UsageError
 from protocol.keys import write_durably
 
@@ -275,13 +276,9 @@ def record_losses(
     return losses
 
 
-PART = 2  # records in one forward pass: fixed, so that sums come out the same for any number of workers
-
-
 def _parts(chosen: Sequence[Activations]) -> list[list[Activations]]:
-    """Return the records in groups of similar length, which need little padding."""
-    ordered = sorted(chosen, key=lambda one: len(one.encoded.tokens), reverse=True)
-    return [ordered[start : start + PART] for start in range(0, len(ordered), PART)]
+    """Return the records that pass together: never more for more workers, so that sums come out the same."""
+    return [[chosen[row] for row in part] for part in parts_of(chosen)]
 
 
 def batches_of(count: int, recipe: Recipe) -> list[list[int]]:
@@ -324,31 +321,6 @@ def response_tokens(part: Sequence[Activations]) -> torch.Tensor:
     return torch.tensor([token for one in part for token in one.encoded.tokens[one.encoded.response_start :]])
 
 
-def response_states(top: Any, part: Sequence[Activations]) -> torch.Tensor:
-    """Return the final states (tokens, width) that predict the response tokens of some records."""
-    import torch
-
-    lengths = [len(one.encoded.tokens) for one in part]
-    hidden = torch.zeros(len(part), max(lengths), part[0].hidden.shape[1], dtype=top.lm_head.weight.dtype, device=top.lm_head.weight.device)
-    for row, one in enumerate(part):
-        hidden[row, : lengths[row]] = one.hidden
-    # No mask: padding is on the right and attention looks to the left.
-    if top.config.model_type != "llama":  # other families' layers are not taken apart
-        whole = top.base_model(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        return torch.cat([whole[row, one.encoded.response_start - 1 : lengths[row] - 1] for row, one in enumerate(part)])
-    turns = top.model.rotary_emb(hidden, torch.arange(max(lengths), device=hidden.device)[None])
-    *lower, last = top.model.layers
-    for block in lower:
-        hidden = block(hidden, position_embeddings=turns)
-    # Of the last layer, and later of the head with its 49,152 logits a token, only the positions that predict a response are computed.
-    wanted = torch.cat([
-        _last_layer(last, hidden[row, : lengths[row]], (turns[0][0], turns[1][0]), one.encoded.response_start - 1)
-        for row, one in enumerate(part)
-    ])  # fmt: skip
-    states: torch.Tensor = top.model.norm(wanted)
-    return states
-
-
 HEAD_ROWS = 32  # tokens in one product with the head, always: another shape would change the last bits of every row
 
 
@@ -368,26 +340,3 @@ def head_slopes(head: torch.Tensor, states: torch.Tensor, targets: torch.Tensor,
         return (errors.to(head.dtype) @ head)[: len(part)]
 
     return torch.cat(list(pool.map(slopes, range(0, len(states), HEAD_ROWS))))
-
-
-def _last_layer(block: Any, hidden: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], begin: int) -> torch.Tensor:
-    """Return the outputs of a Llama layer for the positions from `begin` to the last but one; keys and values come from all before."""
-    import torch
-    import torch.nn.functional as F
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    end = len(hidden) - 1
-    attention, hidden = block.self_attn, hidden[:end]
-    normed = block.input_layernorm(hidden)
-    cos, sin = turns[0][:end], turns[1][:end]
-
-    def heads(states: torch.Tensor) -> torch.Tensor:
-        return states.view(1, len(states), -1, attention.head_dim).transpose(1, 2)
-
-    queries, keys, values = (heads(project(normed)) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
-    queries, keys = apply_rotary_pos_emb(queries, keys, cos[None], sin[None])
-    sees = torch.ones(end, end, dtype=torch.bool, device=hidden.device).tril()[begin:]
-    mixed = F.scaled_dot_product_attention(queries[:, :, begin:], keys, values, attn_mask=sees, enable_gqa=True)
-    after = hidden[begin:] + attention.o_proj(mixed.transpose(1, 2).reshape(end - begin, -1))
-    out: torch.Tensor = after + block.mlp(block.post_attention_layernorm(after))
-    return out

@@ -7,10 +7,11 @@ clip, learning rate) is a constant of the recipe: none is chosen in view of the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 
 from nodes.adapter import Adapter, detach, load_factors, with_lora
 from nodes.base_model import Activations, BaseModel, single_threaded_workers
-from nodes.finetune import SEEDED, Progress, common_split, head_slopes, load_arrays, response_states, response_tokens, save_arrays
+from nodes.finetune import SEEDED, Progress, common_split, head_slopes, load_arrays, response_tokens, save_arrays
+from nodes.packed import PackedPass, can_pack, parts_of, response_states
 from nodes.private_noise import NormalSource, Sampler, normals, poisson_batch
 from protocol.errors import RecordError, UsageError
 from protocol.privacy import Guarantee, PoissonSampledGaussian, PrivateTraining, sampled_multiplier
@@ -135,8 +137,8 @@ def unit_gradients(
 ) -> list[list[torch.Tensor]]:
     """Return the gradient of each unit: of the mean over its records of each record's mean loss over its response tokens.
 
-    A record is alone in its passes through the layers, and the head works in products of one fixed shape, so a gradient is a function
-    of its unit.  A record without a response has a gradient of zeros.
+    Every product has one fixed shape, or that of one record, so a gradient is a function of its unit.  A record without a response
+    has a gradient of zeros.
     """
     import torch
 
@@ -144,18 +146,41 @@ def unit_gradients(
     gradients = [[torch.zeros_like(weight) for weight in weights] for _ in units]
     if not records:
         return gradients
-    states = list(pool.map(lambda one: response_states(adapted, [one[1]]), records))
-    rows, targets = torch.cat([one.detach() for one in states]), response_tokens([record for _, record in records]).to(adapted.device)
-    slopes = head_slopes(adapted.lm_head.weight, rows, targets, pool)
+    rows_of = parts_of([record for _, record in records]) if can_pack(adapted) else [[i] for i in range(len(records))]
+    parts = [[records[i] for i in part] for part in rows_of]
+    records = list(chain.from_iterable(parts))
+    passes = list(pool.map(lambda part: forward_pass(adapted, [record for _, record in part]), parts))
+    rows, targets = torch.cat([one.states.detach() for one in passes]), response_tokens([record for _, record in records])
+    slopes = head_slopes(adapted.lm_head.weight, rows, targets.to(adapted.device), pool)
 
-    def backward(state: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(state, weights, slope)
+    def backward(one: PackedPass | SinglePass, slope: torch.Tensor) -> list[list[torch.Tensor]]:
+        return list(one.gradients(weights, slope))
 
-    each = torch.split(slopes, [len(one) for one in states])
-    for (row, _), one, terms in zip(records, states, pool.map(backward, states, each), strict=True):
+    each = torch.split(slopes, [len(one.states) for one in passes])
+    found = chain.from_iterable(pool.map(backward, passes, each))
+    for (row, record), terms in zip(records, found, strict=True):
+        tokens = len(record.encoded.tokens) - record.encoded.response_start
         for whole, term in zip(gradients[row], terms, strict=True):
-            whole += term / (len(one) * len(units[row]))
+            whole += term / (tokens * len(units[row]))
     return gradients
+
+
+def forward_pass(adapted: Any, records: Sequence[Activations]) -> PackedPass | SinglePass:
+    """Return the way of some records through the upper layers; one record where the layers are not taken apart."""
+    return PackedPass(adapted, records) if can_pack(adapted) else SinglePass(adapted, *records)
+
+
+class SinglePass:
+    """The way of one record through the upper layers of any model, and back."""
+
+    def __init__(self, top: Any, record: Activations) -> None:
+        self.states = response_states(top, [record])
+
+    def gradients(self, weights: Sequence[torch.Tensor], slopes: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+        """Yield the gradients of the weights, from those of the final states (tokens, width)."""
+        import torch
+
+        yield list(torch.autograd.grad(self.states, weights, slopes))
 
 
 def finetune_privately(
@@ -185,7 +210,7 @@ def finetune_privately(
     split = common_split(activations)
     members = _members(units, len(activations))
     with SEEDED, torch.random.fork_rng(devices=[]):  # peft draws first weights, which are overwritten
-        adapted = with_lora(model.upper_layers(split, torch.float32), recipe.rank, recipe.alpha)
+        adapted = with_lora(model.upper_layers(split, model.dtype), recipe.rank, recipe.alpha)
     weights = load_factors(adapted, start, split)
     adam = Adam(weights)
     if checkpoint is not None:

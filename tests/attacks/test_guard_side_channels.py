@@ -94,6 +94,7 @@ def indistinguishable(folder, model):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_answers_do_not_tell_how_many_records_there_are_nor_whether_the_order_was_refused(tmp_path, tiny_model_directory):
     indistinguishable(tmp_path, tiny_model_directory)
 
@@ -155,6 +156,7 @@ def quick(records, *, layer, kind, on_progress=None):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_same_with_the_real_model_at_work(tmp_path, slm_directory):
     times = {}
     for records in (FEW, MANY):

@@ -39,7 +39,8 @@ SCHEMA = "veilmart.bench.finetune/1"
 # Labels, formulas and prose: what six layers can learn differs by kind.
 ONE_PASS = (
     "health-medquad-rare", "science-tldr", "finance-banking77", "math-gsm8k", "code-sql-wikisql",
-    "health-pubmed-conclusion", "legal-policyqa", "health-dialog-notes", "service-kitchen",
+    "health-pubmed-conclusion", "legal-policyqa", "health-dialog-notes", "service-kitchen", "health-medquad-genetics",
+    "health-medquad-cancer", "math-competition", "math-aqua",
 )  # fmt: skip
 PRIVATE = ("finance-news-sentiment", "science-scicite", "science-relations", "travel-restaurant")
 EPSILONS = (8.0, 3.0, 1.0)

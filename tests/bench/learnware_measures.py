@@ -95,9 +95,9 @@ class Evidence:
         """The same of a user's own texts."""
         return [np.stack([self.cells("none", owner.name, task)[1].nats for owner in self.run.owners]) for task in self.run.tasks]
 
-    def matrix(self, block: str) -> Matrix:
-        """Return the matrix of a block on the evaluated tasks."""
-        found = [[self.cells(block, owner.name, task)[0] for task in self.run.tasks] for owner in self.run.owners]
+    def matrix(self, block: str, owners: Sequence[Owner]) -> Matrix:
+        """Return the matrix of some specialists of a block on the evaluated tasks."""
+        found = [[self.cells(block, owner.name, task)[0] for task in self.run.tasks] for owner in owners]
         return Matrix(np.array([[cell.loss for cell in row] for row in found]), np.array([[cell.exact for cell in row] for row in found]))
 
     def alone(self, name: str) -> tuple[Array, Array]:
@@ -189,7 +189,7 @@ def evaluate(found: Evidence) -> tuple[Tally, Row]:
     """Return the losses of every policy in every scenario, and what was fitted."""
     run, settings = found.run, found.settings
     world, public = found.world(False), found.world(True)
-    matrix = found.matrix("none")
+    matrix = found.matrix("none", run.owners)
     base, base_exact = found.alone(BASE)
     pooled, pooled_exact = found.alone(POOLED)
     kept = scenarios(world.owners, world.tasks)
@@ -338,7 +338,7 @@ def analyse(run: Run) -> Row:
         "fitted": fits,
         "policies": rows,
         "per_task": per_task(found, tally),
-        "blocks": blocks(found, tally),
+        "blocks": blocks(found),
         "scores": score_against_gain(found, world),
         "matching": matching(found, world),
         "cost": cost(found),
@@ -363,35 +363,42 @@ def per_task(found: Evidence, tally: Tally) -> list[Row]:
     return rows
 
 
-def blocks(found: Evidence, tally: Tally) -> list[Row]:
-    """Return what specialists under each guarantee are worth: the owners' own tasks, and the pick of the LLR seen and unseen."""
-    run, settings, rows = found.run, found.settings, []
-    world, base = found.world(False), found.alone(BASE)[0]
-    kept = scenarios(world.owners, world.tasks)
+def blocks(found: Evidence) -> list[Row]:
+    """Return what specialists under each guarantee are worth: the owners' own tasks, and the pick of the LLR seen and unseen.
+
+    The market of all blocks is that of the owners who have a specialist in each of them, on the tasks that these own.
+    """
+    run, settings, world, rows = found.run, found.settings, found.world(False), []
+    strictest = max(settings.adapters, key=lambda epsilon: epsilon is not None)
+    owners, tasks = run.owners_of(strictest), run.tasks_of(strictest)
+    columns, places = [world.owners.index(owner) for owner in owners], [world.tasks.index(task) for task in tasks]
+    base, kept = found.alone(BASE)[0][places], scenarios(owners, tasks)
     markets = [market_under(world, run.map, settings.epsilon_spec, draw, settings) for draw in range(settings.draws)]
     picks: dict[tuple[str, int], list[int]] = defaultdict(list)
     for look in looks(world, run.map, settings, settings.draws):
-        values = similarities(markets[look.draw], look.sketches[2], run.map)["LLR"]
+        if look.task not in places:
+            continue
+        t, values = places.index(look.task), similarities(markets[look.draw], look.sketches[2], run.map)["LLR"][columns]
         for scenario in SCENARIOS[:2]:
-            if kept[scenario][look.task].sum() >= 2:
-                picks[scenario, look.task].append(best(values, kept[scenario][look.task])[0])
-    for epsilon in settings.adapters:
-        loss = found.matrix(block_of(epsilon)).loss
-        own = [(loss[i, world.tasks.index(owner.task)], base[world.tasks.index(owner.task)]) for i, owner in enumerate(world.owners)]
+            if kept[scenario][t].sum() >= 2:
+                picks[scenario, t].append(best(values, kept[scenario][t])[0])
+    for epsilon in settings.adapters if owners else ():
+        loss = found.matrix(block_of(epsilon), owners, tasks).loss
+        own = [(loss[i, tasks.index(owner.task)], base[tasks.index(owner.task)]) for i, owner in enumerate(owners)]
         row: Row = {
             "epsilon_adapter": epsilon, "specialists": len(own), "own_task_base": _rounded(np.mean([b for _, b in own])),
             "own_task": _rounded(np.mean([a for a, _ in own])), "own_task_beats_base": int(sum(a < b for a, b in own)),
         }  # fmt: skip
         for scenario in SCENARIOS[:2]:
-            tasks = [t for t in range(len(world.tasks)) if picks[scenario, t]]
-            if not tasks:
+            on = [t for t in range(len(tasks)) if picks[scenario, t]]
+            if not on:
                 continue
-            chosen = np.array([loss[picks[scenario, t], t].mean() for t in tasks])
-            random = np.array([loss[kept[scenario][t], t].mean() for t in tasks])
-            oracle = np.array([loss[kept[scenario][t], t].min() for t in tasks])
+            chosen = np.array([loss[picks[scenario, t], t].mean() for t in on])
+            random = np.array([loss[kept[scenario][t], t].mean() for t in on])
+            oracle = np.array([loss[kept[scenario][t], t].min() for t in on])
             row[scenario] = {
                 "chosen": _rounded(chosen.mean()), "random": _rounded(random.mean()), "oracle": _rounded(oracle.mean()),
-                "base": _rounded(base[tasks].mean()), "gap": with_interval(chosen, random, oracle),
+                "base": _rounded(base[on].mean()), "gap": with_interval(chosen, random, oracle),
             }  # fmt: skip
         rows.append(row)
     return rows

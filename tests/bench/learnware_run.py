@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 
 from nodes.adapter import Adapter, attach
 from nodes.base_model import Activations, BaseModel, Encoded, single_threaded_workers
-from nodes.finetune import common_split, finetune, response_states, response_tokens
+from nodes.finetune import common_split, finetune, response_tokens
 from nodes.guard import Guard, Order, Policy
 from nodes.ledger import Budget, specification_charge
 from nodes.market_client import MarketClient
 from nodes.mixes import Owner, read_owners, records_of, write_owners
+from nodes.packed import response_states
 from nodes.private_training import PrivateRecipe, finetune_privately
 from nodes.query import find_encrypted
 from nodes.records import Pair, Record, read_records
@@ -247,6 +248,18 @@ class Run:
         """The owners of the market."""
         return read_owners(self.out) or []
 
+    def owners_of(self, epsilon: float | None) -> list[Owner]:
+        """Return who has a specialist under this guarantee: a few records are not worth training on privately."""
+        if epsilon is None:
+            return self.owners
+        return [owner for owner in self.owners if len(owner.records) == 1 and owner.count >= self.settings.private_smallest]
+
+    def tasks_of(self, epsilon: float | None) -> list[str]:
+        """Return the tasks on which specialists under this guarantee are scored: all, or those that somebody owns who has one."""
+        if epsilon is None:
+            return self.tasks
+        return [task for task in self.tasks if any(task in owner.records for owner in self.owners_of(epsilon))]
+
     @cached_property
     def public_owners(self) -> list[Owner]:
         """Those whose specialists calibrate."""
@@ -327,9 +340,10 @@ class Run:
         seconds[name] = max(time.process_time() - began, 1e-6) / count
 
     def items(self) -> list[Item]:
-        """Return all pieces of work in their order."""
+        """Return all pieces of work in their order: blocks under a guarantee last, so that the others can be looked at before."""
         cost, settings = self.plan(), self.settings
         found: list[Item] = []
+        private: list[Item] = []
         scored = settings.texts + settings.validation
         for task in [*self.tasks, *self.public_tasks]:
             count = settings.public_texts if task in self.public_tasks else scored
@@ -351,11 +365,12 @@ class Run:
                         self._item("features", named, path, self._features, (owner, what, feature_map), min(owner.count, most) * each)
                     )
         for epsilon in settings.adapters:
-            for owner in self.owners:
+            for owner in self.owners_of(epsilon):
                 path = self.adapter_path(block_of(epsilon), owner.name)
                 passes = settings.recipe.seen(owner.count) if epsilon is None else self._private(epsilon).seen(owner.count)
                 cpu = owner.count * cost["prefix"] + passes * cost["train"]
-                found.append(self._item("specialists", f"{owner.name}, {block_of(epsilon)}", path, self._specialist, (owner, epsilon), cpu))
+                block = found if epsilon is None else private
+                block.append(self._item("specialists", f"{owner.name}, {block_of(epsilon)}", path, self._specialist, (owner, epsilon), cpu))
         for owner in self.public_owners:
             count = min(owner.count, self._public_records)
             cpu = count * cost["prefix"] + settings.recipe.seen(count) * cost["train"]
@@ -365,20 +380,16 @@ class Run:
         steps = min(settings.pooled_steps * settings.recipe.batch, settings.recipe.epochs * sum(owner.count for owner in self.owners))
         pooled = steps * (cost["train"] + cost["prefix"] / settings.recipe.epochs)
         found.append(self._item("pooled adapter", POOLED, self.adapter_path("none", POOLED), self._pooled, (), pooled))
-        for block, name in self._scored():
-            tasks = (
-                self.public_tasks if block == PUBLIC else [*self.tasks, *(self.public_tasks if block == "none" and name != POOLED else [])]
-            )
+        for block, name, tasks in self._scored():
             for task in tasks:
                 count = settings.public_texts if task in self.public_tasks else scored
                 path = self.cell_path(block, name, task)
-                found.append(
-                    self._item("losses", f"{block} {name} on {task}", path, self._cell, (block, name, task), count * cost["score"])
-                )
+                item = self._item("losses", f"{block} {name} on {task}", path, self._cell, (block, name, task), count * cost["score"])
+                (found if block in ("none", PUBLIC) else private).append(item)
         if settings.encrypted:
             cpu = 2.0 + 0.3 * settings.encrypted * len(self.tasks)
             found.append(self._item("encrypted queries", "market", self.out / "encrypted.json", self._encrypted, (), cpu))
-        return found
+        return found + private
 
     def _item(self, stage: str, name: str, there: Path, work: Callable[..., None], arguments: tuple[Any, ...], cpu_s: float) -> Item:
         return Item(stage, name, there, lambda: work(*arguments), cpu_s)
@@ -389,10 +400,13 @@ class Run:
             return cost["gradient"], self.settings.gradient_records
         return cost["embed"], 1 << 30
 
-    def _scored(self) -> list[tuple[str, str]]:
-        """Return block and name of all that is scored."""
-        blocks = [("none", BASE), *((block_of(epsilon), owner.name) for epsilon in self.settings.adapters for owner in self.owners)]
-        return [*blocks, ("none", POOLED), *((PUBLIC, owner.name) for owner in self.public_owners)]
+    def _scored(self) -> list[tuple[str, str, list[str]]]:
+        """Return block, name and tasks of all that is scored."""
+        found = [("none", BASE, [*self.tasks, *self.public_tasks])]
+        for epsilon in self.settings.adapters:
+            tasks = self.tasks_of(epsilon) + (self.public_tasks if epsilon is None else [])
+            found += [(block_of(epsilon), owner.name, tasks) for owner in self.owners_of(epsilon)]
+        return [*found, ("none", POOLED, self.tasks), *((PUBLIC, owner.name, self.public_tasks) for owner in self.public_owners)]
 
     def _private(self, epsilon: float) -> PrivateRecipe:
         return PrivateRecipe(Guarantee(epsilon, self.settings.delta))

@@ -47,6 +47,7 @@ class Settings:
     epsilons: tuple[float, ...] = (0.5, 1.0, 2.0, 8.0)  # that are looked at beside it, and no noise at all
     delta: float = 1e-6
     adapters: tuple[float | None, ...] = (None,)  # epsilon of the adapters, a block each; None = no guarantee
+    private_smallest: int = 250  # owners of one task with so many records train privately as well, and the blocks compare these
     maps: tuple[str, ...] = ("kme-lin-96", "kme-rff-256", "kme-grad-64")  # the first is that of the market
     gradient_records: int = 32  # an owner, and texts a query: gradients cost ten times what states do
     recipe: Recipe = field(default_factory=Recipe)

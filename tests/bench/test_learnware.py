@@ -183,8 +183,8 @@ def tiny_run(data, out, tiny_model_directory, model, workers=1, **how):
     how = {
         "tasks": ("x-wool", "x-iron", "y-salt"), "public_tasks": ("p-one", "p-two"), "specialists": 5, "smallest": 20, "largest": 40,
         "texts": 4, "validation": 2, "public_specialists": 4, "public_texts": 3, "queries": 2, "query_size": 8, "query_pool": 12,
-        "draws": 2, "epsilons": (8.0,), "epsilon_spec": 1.0, "adapters": (None, 8.0), "maps": ("tiny",), "split": SPLIT,
-        "recipe": Recipe(rank=2, alpha=4, epochs=1, max_steps=3), "pooled_steps": 4, **how,
+        "draws": 2, "epsilons": (8.0,), "epsilon_spec": 1.0, "adapters": (None, 8.0), "private_smallest": 20, "maps": ("tiny",),
+        "split": SPLIT, "recipe": Recipe(rank=2, alpha=4, epochs=1, max_steps=3), "pooled_steps": 4, **how,
     }  # fmt: skip
     return Run(Settings(data, out, **how), tiny_model_directory, [tiny_map(model)], "cpu", workers)
 

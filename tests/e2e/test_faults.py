@@ -243,6 +243,7 @@ def test_without_pings_such_a_connection_swallows_call_after_call(owner, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_after_a_long_outage_a_client_is_back_within_seconds(owner):
     """gRPC tries again after 1, 1.6, 2.6, 4.1, 6.6, 10.5 s and so on, up to two minutes, if nobody tells it otherwise."""
     until_done(owner.publish)
@@ -266,6 +267,7 @@ def away(proxy, what):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("fault", [late, in_pieces, answer_lost, closed, partition, away, silent], ids=lambda fault: fault.__name__)
 def test_a_relayed_question_reaches_the_guard_at_most_once_and_is_answered_once_the_network_is_well(model, tmp_path, quick_pings, fault):
     """Guard and querier both reach the market through the proxy."""

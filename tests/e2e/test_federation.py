@@ -17,6 +17,7 @@ from tests.e2e.processes import veilmart
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.timeout(900),
     pytest.mark.skipif(os.geteuid() != 0, reason="bundles run as another user: needs root"),
 ]

@@ -24,7 +24,7 @@ from protocol.wire.market_pb2_grpc import MarketServicer, MarketStub, add_Market
 from tests.e2e.processes import market_process
 from tests.e2e.test_load import MEGABYTE, forget_peak, memory
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 MAP = default_map()
 HEADER_ONLY, SILENT, SLOW, SLOW_BYTES_S = 200, 2_000, 20, 1_000
 HONEST_CALLS = 300

@@ -26,7 +26,7 @@ from protocol.wire.market_pb2_grpc import MarketStub
 from tests.e2e.processes import market_process
 from tests.protocol.worlds import features, release_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 MAP = default_map()
 RELEASES, QUERIES, ABANDONED = 10_000, 200, 1_000
 MEGABYTE = 1 << 20

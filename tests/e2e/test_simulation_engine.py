@@ -12,7 +12,7 @@ from nodes import simulation_engine
 from protocol.errors import CampaignFailed, UsageError
 from tests.e2e.processes import veilmart
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install '.[sim]'")
 
 

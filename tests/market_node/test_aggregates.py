@@ -64,7 +64,7 @@ def test_what_is_kept_up_is_bit_for_bit_what_is_made_from_scratch(steps):
         elif what == "look":
             running.follow(size, [sign_notice(notice, OWNER) for notice in notices])
             scratch = aggregates_of(RELEASES[:size], taken_back(notices), MAP, STATE)
-            assert running.body(STATE) == scratch.body
+            assert running.made(STATE).body == scratch.body
     assert store.reads == len(store.kept), "every release is read once"
 
 
@@ -81,7 +81,7 @@ def test_a_notice_that_is_read_before_its_release_counts():
     running.follow(1, [notice])
     store.kept = ENVELOPES[:3]
     running.follow(3, [notice])
-    assert running.body(STATE) == aggregates_of(RELEASES[:3], {RELEASES[1].release_id}, MAP, STATE).body
+    assert running.made(STATE).body == aggregates_of(RELEASES[:3], {RELEASES[1].release_id}, MAP, STATE).body
 
 
 class Clock:
