@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from market_node.options import Home, Json, Quiet
+from protocol import console
 from protocol.errors import CampaignFailed, MarketUnreachable, UsageError
-
-if TYPE_CHECKING:
-    from market_node.campaigns import Campaign
-
-QUIET_INTERVAL_S = 5.0  # off a terminal at most one line so often
-
-
-def default_home() -> Path:
-    """Return the folder of everything that veilmart keeps, where VEILMART_HOME does not say otherwise."""
-    import platformdirs
-
-    return platformdirs.user_data_path("veilmart")
-
-
-Home = Annotated[
-    Path,
-    typer.Option("--home", envvar="VEILMART_HOME", default_factory=default_home, help="Folder.", show_default="the user's data folder"),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def campaign_run(
@@ -53,7 +33,7 @@ def campaign_run(
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds after which open nodes are missing.")] = 600.0,
     at_least: Annotated[int, typer.Option("--at-least", min=0, help="Fail with fewer published releases than this.")] = 1,
     resume: Annotated[str | None, typer.Option("--resume", metavar="ID", help="Go on with a campaign: only open nodes are asked.")] = None,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the campaign's id only, no progress.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Ask nodes for a release, collect what they send and publish it; every node gets a line in the account.
@@ -88,13 +68,15 @@ def campaign_run(
         plan = Plan(market, authority, repr(epsilon), repr(delta), timeout, asked_of(chosen), key, most)
         campaign = Campaign.create(campaigns_of(market_home), plan)
     _renew_courier(market_home)
-    progress = _Progress(campaign, not (as_json or quiet))
+    progress = console.ProgressLine(not (as_json or quiet))
+    if not (as_json or quiet):
+        console.say(f"campaign {campaign.campaign_id}: submitting")
     try:
-        account = drive(market_home, campaign, progress)
+        account = drive(market_home, campaign, lambda done, of: progress("nodes", done, of))
     except CampaignFailed:
         progress.close()
         if as_json:
-            _print_json(campaign.account())
+            console.print_json(campaign.account())
         raise
     progress.close()
     _show(account, as_json, quiet)
@@ -111,7 +93,7 @@ def campaign_run(
         )
 
 
-def campaign_list(home: Home, as_json: Json = False) -> None:
+def campaign_list(home: Home, quiet: Quiet = False, as_json: Json = False) -> None:
     """List campaigns, the oldest first.
 
     Example: veilmart campaign list
@@ -121,12 +103,16 @@ def campaign_list(home: Home, as_json: Json = False) -> None:
     accounts = [campaign.account() for campaign in all_campaigns(campaigns_of(home / "market"))]
     if as_json:
         rows = [{name: value for name, value in account.items() if name not in ("schema", "nodes")} for account in accounts]
-        _print_json({"schema": "veilmart.campaigns/1", "campaigns": rows})
+        console.print_json({"schema": "veilmart.campaigns/1", "campaigns": rows})
         return
-    _print_lines("campaign\tstate\tpublished\tof\tcause")
-    for account in accounts:
-        cells = (account["campaign"], account["state"], account["counts"]["published"], len(account["nodes"]), account["cause"] or "-")
-        _print_lines("\t".join(map(str, cells)))
+    if quiet:
+        console.print_lines(*(account["campaign"] for account in accounts))
+        return
+    table = [
+        [account["campaign"], account["state"], str(account["counts"]["published"]), str(len(account["nodes"])), account["cause"] or "-"]
+        for account in accounts
+    ]
+    console.print_table(["campaign", "state", "published", "of", "cause"], table)
 
 
 def campaign_show(
@@ -164,46 +150,17 @@ def _id(text: str) -> str:
 
 def _show(account: dict[str, Any], as_json: bool, quiet: bool) -> None:
     if as_json:
-        _print_json(account)
+        console.print_json(account)
         return
     if quiet:
-        _print_lines(account["campaign"])
+        console.print_lines(account["campaign"])
         return
-    _print_lines(f"campaign {account['campaign']}  {account['state']}{': ' + account['cause'] if account['cause'] else ''}")
+    console.print_lines(f"campaign {account['campaign']}  {account['state']}{': ' + account['cause'] if account['cause'] else ''}")
+    rows = []
     for node in account["nodes"]:
         what = f"position {node['index']}" if node["outcome"] == "published" else node["reason"]
-        _print_lines("\t".join((node["name"] or str(node["node_id"]), node["outcome"], node["release_id"][:16] or "-", what or "-")))
-
-
-class _Progress:
-    """One line on standard error: how many nodes have an end."""
-
-    def __init__(self, campaign: Campaign, enabled: bool) -> None:
-        self._enabled, self._terminal, self._printed, self._last = enabled, sys.stderr.isatty(), 0.0, (-1, -1)
-        if enabled:
-            sys.stderr.write(f"campaign {campaign.campaign_id}: submitting\n")
-
-    def __call__(self, done: int, of: int) -> None:
-        now = time.monotonic()
-        if not self._enabled or (done, of) == self._last or (not self._terminal and now - self._printed < QUIET_INTERVAL_S and done < of):
-            return
-        self._printed, self._last = now, (done, of)
-        sys.stderr.write(f"\r\033[Knodes {done}/{of}" if self._terminal else f"nodes {done}/{of}\n")
-        sys.stderr.flush()
-
-    def close(self) -> None:
-        """Leave the line clean for what follows."""
-        if self._enabled and self._terminal:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def _print_lines(*lines: str) -> None:
-    sys.stdout.write("\n".join(lines) + "\n")
+        rows.append([node["name"] or str(node["node_id"]), node["outcome"], node["release_id"][:16] or "-", what or "-"])
+    console.print_table(["node", "outcome", "release", "what"], rows)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"run": campaign_run, "list": campaign_list, "show": campaign_show}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,24 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from market_node import campaign_command, pki_command
+from market_node.options import Authority, Home, Json, MarketAddress, Quiet
+from protocol import console
 
 if TYPE_CHECKING:
     from market_node.backup import Backup
     from market_node.server import Started
-
-
-def default_home() -> Path:
-    """Return the folder of everything that veilmart keeps, where VEILMART_HOME does not say otherwise."""
-    import platformdirs
-
-    return platformdirs.user_data_path("veilmart")
-
-
-Home = Annotated[
-    Path,
-    typer.Option("--home", envvar="VEILMART_HOME", default_factory=default_home, help="Folder.", show_default="the user's data folder"),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def up(
@@ -237,23 +224,21 @@ def invite(
     line = str(Invite(address, org, expires, market_key, secret, identity.ca_file.read_bytes()))
     if out is not None:
         write_durably(out, f"{line}\n".encode())
-    if as_json:
-        value = {
-            "schema": "veilmart.invite/1", "organisation": org, "address": address, "expires": expires,
-            "market_words": words_of(market_key),
-            "file": str(out) if out else None, "invite": None if out else line,
-        }  # fmt: skip
-        sys.stdout.write(json.dumps(value) + "\n")
-        return
-    sys.stdout.write(f"{out}\n" if out else f"{line}\n")
-    sys.stderr.write(
-        f"for {org}, once, until {datetime.datetime.fromtimestamp(expires):%Y-%m-%d %H:%M}; this market is {words_of(market_key)}\n"
-    )
+    result = {
+        "schema": "veilmart.invite/1", "organisation": org, "address": address, "expires": expires, "market_words": words_of(market_key),
+        "file": str(out) if out else None, "invite": None if out else line,
+    }  # fmt: skip
+    console.show(result, as_json, [str(out) if out else line])
+    if not as_json:
+        until = f"{datetime.datetime.fromtimestamp(expires):%Y-%m-%d %H:%M}"
+        console.say(f"for {org}, once, until {until}; this market is {words_of(market_key)}")
+        console.say(f"there: veilmart node join {address} --invite {f'file:{out.name}' if out else '-'}")
 
 
 def members(
     home: Home,
     remove: Annotated[str | None, typer.Option("--remove", metavar="HEX", help="Let this owner publish no more (first digits).")] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """List who may publish, with the words that each owner reads out on the telephone.
@@ -282,14 +267,21 @@ def members(
         for member in everyone
     ]  # fmt: skip
     if as_json:
-        sys.stdout.write(json.dumps({"schema": "veilmart.members/1", "members": rows}) + "\n")
+        console.print_json({"schema": "veilmart.members/1", "members": rows})
         return
-    for member in everyone:
-        since = f"{datetime.datetime.fromtimestamp(member.joined, datetime.UTC):%Y-%m-%d}"
-        gone = "" if member.removed is None else "  REMOVED"
-        sys.stdout.write(f"{member.owner.hex()[:16]}\t{words_of(member.owner)}\t{member.organisation}\t{since}{gone}\n")
+    if quiet:
+        console.print_lines(*(member.owner.hex() for member in everyone))
+        return
+    table = [
+        [
+            member.owner.hex()[:16], words_of(member.owner), member.organisation,
+            f"{datetime.datetime.fromtimestamp(member.joined, datetime.UTC):%Y-%m-%d}", "member" if member.removed is None else "REMOVED",
+        ]
+        for member in everyone
+    ]  # fmt: skip
+    console.print_table(["owner", "words", "organisation", "since", "state"], table)
     if not rows:
-        sys.stderr.write("nobody is enrolled: `veilmart market invite`\n")
+        console.say("nobody is enrolled: `veilmart market invite`")
 
 
 def health(
@@ -306,11 +298,9 @@ def health(
 
     Example: veilmart market health
     """
-    import time
-
-    from market_node.health import require_serving
     from market_node.server import ADDRESS
     from protocol.errors import UsageError
+    from protocol.health import require_serving
 
     if market is None:
         if not (home / "market" / ADDRESS).is_file():
@@ -320,14 +310,9 @@ def health(
             market = here + market.removeprefix(everywhere) if market.startswith(everywhere) else market
     if ca is None:
         raise UsageError("market health: expected --ca", hint="`veilmart market up` prints the path of its certificate")
-    before = time.perf_counter()
-    require_serving(market, ca, timeout)
-    milliseconds = round(1e3 * (time.perf_counter() - before), 1)
-    if as_json:
-        value = {"schema": "veilmart.health/1", "address": market, "serving": True, "milliseconds": milliseconds}
-        sys.stdout.write(json.dumps(value) + "\n")
-        return
-    sys.stdout.write(f"market {market} serves, {milliseconds} ms\n")
+    milliseconds = round(1e3 * require_serving(market, ca, timeout).seconds, 1)
+    result = {"schema": "veilmart.health/1", "address": market, "serving": True, "milliseconds": milliseconds}
+    console.show(result, as_json, [f"market {market} serves, {milliseconds} ms"])
 
 
 def revoke(
@@ -371,17 +356,14 @@ def revoke(
     finally:
         enrolled.close()
         store.close()
-    if as_json:
-        value = {"schema": "veilmart.revoke/1", "owner": key.hex(), "releases": [one.hex() for one in notice.subjects], "index": index}
-        sys.stdout.write(json.dumps(value) + "\n")
-        return
-    sys.stdout.write(f"{key.hex()[:16]}: revoked with {len(notice.subjects)} releases, notice {index}\n")
+    result = {"schema": "veilmart.revoke/1", "owner": key.hex(), "releases": [one.hex() for one in notice.subjects], "index": index}
+    console.show(result, as_json, [f"{key.hex()[:16]}: revoked with {len(notice.subjects)} releases, notice {index}"])
 
 
 def witness(
     home: Home,
-    market: Annotated[str, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")],
-    ca: Annotated[Path, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority (ca.crt).")],
+    market: MarketAddress,
+    ca: Authority,
     name: Annotated[str, typer.Option("--name", help="How this witness is called in its signatures.")],
     every: Annotated[float, typer.Option("--every", min=1, help="Seconds between two looks.")] = 60.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
@@ -401,24 +383,23 @@ def witness(
 
     of = WitnessOf(market, ca, home / "witness", name)
     if show_key:
-        sys.stdout.write(f"{of.witness}\n")
+        console.show({"schema": "veilmart.witness-key/1", "key": str(of.witness)}, as_json, [str(of.witness)])
         return
 
     def tell(seen: Observed | Exception) -> None:
         if isinstance(seen, Exception):
-            sys.stderr.write(f"{seen}; looking again\n")
+            console.say(f"{seen}; looking again")
         elif as_json:
             line = {
                 "schema": "veilmart.witness/1", "key": str(of.witness), "origin": seen.checkpoint.origin, "size": seen.checkpoint.size,
                 "root": seen.checkpoint.root.hex(), "news": seen.news,
             }  # fmt: skip
-            sys.stdout.write(json.dumps(line) + "\n")
+            console.print_json(line, indent=None)
         elif seen.news or once:
-            sys.stdout.write(f"signed {seen.checkpoint.size} releases, {seen.news} new, root {seen.checkpoint.root.hex()[:16]}\n")
-        sys.stdout.flush()
+            console.print_lines(f"signed {seen.checkpoint.size} releases, {seen.news} new, root {seen.checkpoint.root.hex()[:16]}")
 
     if not as_json:
-        sys.stdout.write(f"witness {of.witness}\n")
+        console.print_lines(f"witness {of.witness}")
     if once:
         tell(of.observe())
         return
@@ -440,7 +421,10 @@ def backup(
     """
     from market_node.backup import back_up
 
-    _tell(back_up(home / "market", folder, keys=keys, on_progress=_progress(as_json)), folder, "veilmart.market-backup/1", as_json)
+    progress = console.ProgressLine(not as_json)
+    found = back_up(home / "market", folder, keys=keys, on_progress=progress)
+    progress.close()
+    _tell(found, folder, "veilmart.market-backup/1", as_json)
 
 
 def restore(
@@ -454,28 +438,21 @@ def restore(
     """
     from market_node.backup import restore
 
-    _tell(restore(folder, home / "market", on_progress=_progress(as_json)), folder, "veilmart.market-restore/1", as_json)
-
-
-def _progress(as_json: bool) -> Callable[[str, int, int], None]:
-    def shown(stage: str, done: int, of: int) -> None:
-        if sys.stderr.isatty() and not as_json:
-            sys.stderr.write(f"\r{stage} {done}/{of}" + ("\n" if done == of else ""))
-
-    return shown
+    progress = console.ProgressLine(not as_json)
+    found = restore(folder, home / "market", on_progress=progress)
+    progress.close()
+    _tell(found, folder, "veilmart.market-restore/1", as_json)
 
 
 def _tell(found: Backup, folder: Path, schema: str, as_json: bool) -> None:
     size, root = (found.checkpoint.size, found.checkpoint.root.hex()) if found.checkpoint else (0, None)
-    if as_json:
-        value = {
-            "schema": schema, "folder": str(folder), "releases": size, "root": root, "adapters": found.adapters,
-            "campaigns": found.campaigns, "keys": found.keys,
-        }  # fmt: skip
-        sys.stdout.write(json.dumps(value) + "\n")
-        return
+    result = {
+        "schema": schema, "folder": str(folder), "releases": size, "root": root, "adapters": found.adapters,
+        "campaigns": found.campaigns, "keys": found.keys,
+    }  # fmt: skip
     kept = "the market's keys are in it: keep it secret" if found.keys else "no key is in it: keep market.key and ca.key elsewhere"
-    sys.stdout.write(f"{folder}: {size} releases, {found.adapters} adapters, {found.campaigns} campaigns, all verified; {kept}\n")
+    lines = [f"{folder}: {size} releases, {found.adapters} adapters, {found.campaigns} campaigns, all verified; {kept}"]
+    console.show(result, as_json, lines)
 
 
 def register(app: typer.Typer) -> None:

@@ -1,4 +1,4 @@
-"""Whether a market serves: gRPC's health protocol on the market's own port, and the question that `veilmart market health` asks.
+"""Whether a market serves: gRPC's health protocol on the market's own port; `protocol/health.py` asks.
 
 The port is the market's own, since whoever reaches it may ask Describe, which says more.  Reflection is not served.
 """
@@ -6,19 +6,18 @@ The port is the market's own, since whoever reaches it may ask Describe, which s
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2 as pb
-from grpc_health.v1.health_pb2_grpc import HealthServicer, HealthStub
+from grpc_health.v1.health_pb2_grpc import HealthServicer
 
 from market_node.service import check_deadline, refuse
-from protocol.channel import CALL_TIMEOUT_S, connect, error_from_status
-from protocol.errors import MarketUnreachable, UsageError
+from protocol.errors import UsageError
+from protocol.health import SERVICE, TIME_KEY
 
-SERVICE = "veilmart.v1.Market"
 SERVING, NOT_SERVING = pb.HealthCheckResponse.SERVING, pb.HealthCheckResponse.NOT_SERVING
 
 
@@ -39,6 +38,7 @@ class Health(HealthServicer):  # type: ignore[misc]
         """Answer whether the market serves."""
         if request.service not in ("", SERVICE):
             await context.abort(grpc.StatusCode.NOT_FOUND)
+        context.set_trailing_metadata(((TIME_KEY, str(round(1000 * time.time()))),))  # for whoever wonders whose clock is wrong
         return self._now()
 
     async def Watch(self, request: pb.HealthCheckRequest, context: Any) -> AsyncIterator[pb.HealthCheckResponse]:
@@ -58,16 +58,3 @@ class Health(HealthServicer):  # type: ignore[misc]
 
     def _now(self) -> pb.HealthCheckResponse:
         return pb.HealthCheckResponse(status=NOT_SERVING if self._stopping.is_set() else SERVING)
-
-
-def require_serving(address: str, ca: Path, timeout_s: float = CALL_TIMEOUT_S) -> None:
-    """Return if the market at an address serves; raise MarketUnreachable if it does not answer, or says that it is stopping."""
-    channel = connect(address, ca)
-    try:
-        answer = HealthStub(channel).Check(pb.HealthCheckRequest(service=SERVICE), timeout=timeout_s)
-    except grpc.RpcError as error:
-        raise error_from_status(error) from None
-    finally:
-        channel.close()
-    if answer.status != SERVING:
-        raise MarketUnreachable(f"market {address}: it is stopping", hint="ask again when it has been started")

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest, start_http_server
 
-from market_node.health import SERVICE
 from protocol.errors import UsageError
+from protocol.health import SERVICE
 from protocol.wire import market_pb2
 
 if TYPE_CHECKING:

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import datetime
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from market_node.options import Home, Json, Quiet
+from protocol import console
+
 if TYPE_CHECKING:
     from market_node.certificates import Issued
-
-
-def default_home() -> Path:
-    """Return the folder of everything that veilmart keeps, where VEILMART_HOME does not say otherwise."""
-    import platformdirs
-
-    return platformdirs.user_data_path("veilmart")
-
-
-Home = Annotated[
-    Path,
-    typer.Option("--home", envvar="VEILMART_HOME", default_factory=default_home, help="Folder.", show_default="the user's data folder"),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def pki_init(
@@ -82,11 +69,11 @@ def pki_issue(
         store.close()
     write_durably(out, made, 0o644)
     ends = load_certificates(made)[0].not_valid_after_utc
-    if as_json:
-        owner = asked.name.key.hex()
-        _print({"schema": "veilmart.pki-issue/1", "owner": owner, "name": str(asked.name), "ends": int(ends.timestamp()), "file": str(out)})
-        return
-    sys.stdout.write(f"{out}: for {words_of(asked.name.key)}, until {ends:%Y-%m-%d}\n")
+    result = {
+        "schema": "veilmart.pki-issue/1", "owner": asked.name.key.hex(), "name": str(asked.name), "ends": int(ends.timestamp()),
+        "file": str(out),
+    }  # fmt: skip
+    console.show(result, as_json, [f"{out}: for {words_of(asked.name.key)}, until {ends:%Y-%m-%d}"])
 
 
 REQUEST_DAYS = 7  # of a request in a file
@@ -137,19 +124,16 @@ def pki_revoke(
         revoked = certificates.revoke(which, int(_now().timestamp()))
     finally:
         certificates.close()
-    if as_json:
-        _print({"schema": "veilmart.pki-revoke/1", "revoked": [_row(one) for one in revoked]})
-        return
-    for one in revoked:
-        sys.stdout.write(_line(one))
+    result = {"schema": "veilmart.pki-revoke/1", "revoked": [_row(one) for one in revoked]}
+    console.show(result, as_json, ["\t".join(_cells(one)) for one in revoked])
 
 
-def pki_show(home: Home, as_json: Json = False) -> None:
-    """Show a market's authorities, its server certificate, and the certificates of members.
+def pki_show(home: Home, quiet: Quiet = False, as_json: Json = False) -> None:
+    """Show a market's authorities, its server certificate, and the certificates of members; --quiet prints their serial numbers.
 
     Example: veilmart pki show
     """
-    _show(_market_in(home), as_json)
+    _show(_market_in(home), as_json, quiet)
 
 
 def _now() -> datetime.datetime:
@@ -164,7 +148,7 @@ def _market_in(home: Path) -> Path:
     return home / "market"
 
 
-def _show(market_home: Path, as_json: bool) -> None:
+def _show(market_home: Path, as_json: bool, quiet: bool = False) -> None:
     from cryptography.hazmat.primitives import hashes
 
     from market_node.authority import alone, authorities
@@ -183,7 +167,7 @@ def _show(market_home: Path, as_json: bool) -> None:
         certificates.close()
     trusted = [(one.fingerprint(hashes.SHA256()).hex(), one.not_valid_after_utc) for one in load_certificates(found.trusted)]
     if as_json:
-        _print(
+        console.print_json(
             {
                 "schema": "veilmart.pki/1", "ca": str(market_home / "ca.crt"), "overlap_ends": found.until,
                 "authorities": [{"sha256": digest, "ends": int(ends.timestamp())} for digest, ends in trusted],
@@ -192,28 +176,26 @@ def _show(market_home: Path, as_json: bool) -> None:
             }
         )  # fmt: skip
         return
-    for digest, ends in trusted:
-        sys.stdout.write(f"authority\t{digest[:16]}\tuntil {ends:%Y-%m-%d}\n")
+    if quiet:
+        console.print_lines(*(one.serial for one in issued))
+        return
+    rows = [["authority", digest[:16], "", f"{ends:%Y-%m-%d}", "trusted"] for digest, ends in trusted]
+    rows.append(["server", f"{server.serial_number:x}"[:16], ", ".join(names), f"{server.not_valid_after_utc:%Y-%m-%d}", "served"])
+    console.print_table(["kind", "serial", "name", "until", "state"], [*rows, *(["member", *_cells(one)] for one in issued)])
     if found.until is not None:
         ends = datetime.datetime.fromtimestamp(found.until, datetime.UTC)
-        sys.stdout.write(f"both are trusted until {ends:%Y-%m-%d %H:%M} UTC: hand out {market_home / 'ca.crt'} by then\n")
-    sys.stdout.write(f"server\t{', '.join(names)}\tuntil {server.not_valid_after_utc:%Y-%m-%d}\n")
-    for one in issued:
-        sys.stdout.write(_line(one))
+        console.say(f"both authorities are trusted until {ends:%Y-%m-%d %H:%M} UTC: hand out {market_home / 'ca.crt'} by then")
 
 
-def _line(one: Issued) -> str:
+def _cells(one: Issued) -> list[str]:
     ends = datetime.datetime.fromtimestamp(one.ends, datetime.UTC)
-    gone = "" if one.revoked is None else "  REVOKED"
-    return f"{one.serial[:16]}\t{one.name.removeprefix('veilmart://')[:24]}\tuntil {ends:%Y-%m-%d}{gone}\n"
+    return [
+        one.serial[:16], one.name.removeprefix("veilmart://")[:24], f"{ends:%Y-%m-%d}", "valid" if one.revoked is None else "REVOKED",
+    ]  # fmt: skip
 
 
 def _row(one: Issued) -> dict[str, Any]:
     return {"serial": one.serial, "name": one.name, "issued": one.issued, "ends": one.ends, "revoked": one.revoked}
-
-
-def _print(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

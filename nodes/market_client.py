@@ -28,6 +28,7 @@ from protocol.catalogue import (
     open_mirror,
     open_rows,
     pages_of,
+    parse_card,
     root_of_pages,
     split_cards,
     verify_head,
@@ -798,6 +799,14 @@ def _kept_page(folder: Path, page: int, size: int) -> tuple[list[bytes], range]:
     stop = min((page + 1) * PAGE_SIZE, size)
     cards = _read_entries(folder / "cards" / str(page))[: stop - page * PAGE_SIZE]
     return cards, range(page * PAGE_SIZE + len(cards), stop)
+
+
+def names_kept(home: Path) -> Iterator[str]:
+    """Yield NAME@HEX of every release whose card was synced to a home, without asking anybody; unchecked, for a person to choose from."""
+    for page in sorted((home / "catalogues").glob(f"*-v{COPY}/cards/*")):
+        for body in _read_entries(page):
+            card = parse_card(body)
+            yield f"{card.name}@{card.release_id.hex()[:8]}"
 
 
 def find_release_id(text: str, catalogue: Catalogue, *, standing_alone: bool = True) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from nodes.known_market import AUTHORITY
 from protocol.certificates import Name, Prove, issued_by, load_certificates, make_request, name_in, new_tls_key, proves
 from protocol.errors import FormatError, UsageError
 from protocol.keys import read_secret, signing_key, write_durably
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 FILE, PENDING = "tls.pem", "tls-request.key"
-AUTHORITY = "market-ca.crt"  # in a home that joined a market
 RENEW_S = 30 * 86_400  # a certificate with less left is renewed with the next call of a member
 
 

@@ -170,9 +170,7 @@ class Querier:
         if way is Way.CHEAPER:
             way = Way.MIRROR if mirror_is_cheaper(size, feature_map.dimension) else Way.ENCRYPTED
         # No call is open while the texts are read: the time that takes would tell how many there are.
-        self.on_progress("open the model", 0, 1)
-        sketch = sketch_task(records, self.model, feature_map, lambda done, of: self.on_progress("read texts", done, of))
-        self.on_progress("fetch and match" if way is Way.MIRROR else "encrypt and match", 0, 1)
+        sketch = sketch_task(records, self.model, feature_map, lambda done, of: self.on_progress("embed", done, of))
         with market.connect() as client:
             if way is Way.MIRROR:
                 found = find_in_mirror(sketch, client, feature_map, filters)

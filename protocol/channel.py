@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protocol import errors
-from protocol.errors import MarketUnreachable, UsageError, VeilmartError
+from protocol.errors import FormatError, MarketUnreachable, UntrustedMarket, UsageError, VeilmartError
 
 if TYPE_CHECKING:
     import grpc
@@ -31,6 +31,8 @@ OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 5000),
 ]
 
+UNTRUSTED = ("CERTIFICATE_VERIFY_FAILED", "not in peer certificate")  # how gRPC says that a certificate is not the right one
+
 
 def connect(address: str, ca: Path, own: bytes | None = None) -> grpc.Channel:
     """Return a TLS channel to HOST:PORT that trusts exactly the certificate authority in the file `ca`.
@@ -39,6 +41,8 @@ def connect(address: str, ca: Path, own: bytes | None = None) -> grpc.Channel:
     """
     import grpc
 
+    from protocol.certificates import load_certificates
+
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise UsageError(f"market: expected HOST:PORT, got {address!r}")
@@ -46,6 +50,12 @@ def connect(address: str, ca: Path, own: bytes | None = None) -> grpc.Channel:
         authority = ca.read_bytes()
     except OSError as error:
         raise UsageError(f"{ca}: {error.strerror}", hint="`veilmart market up` prints the path of its certificate") from None
+    try:
+        load_certificates(authority)
+    except FormatError:  # gRPC would take it, and report that the market does not answer
+        raise UsageError(
+            f"{ca}: expected a certificate authority, PEM, got other bytes", hint="the market's operator hands out its ca.crt"
+        ) from None
     # A site may reach the world through a proxy only (HTTPS_PROXY); without this gRPC would send calls of loopback there as well.
     options = [*OPTIONS, ("grpc.enable_http_proxy", 0 if _is_loopback(host) else 1)]
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(authority, own, own), options=options)
@@ -66,6 +76,11 @@ def error_from_status(error: Any) -> VeilmartError:
     # A stranger wrote it and a terminal will show it: no control characters, no length that hides what follows.
     details = "".join(character for character in error.details() or "" if character.isprintable())[:500]
     if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        if any(words in (error.details() or "") for words in UNTRUSTED):
+            return UntrustedMarket(
+                "market: the certificate that is shown there is not of the given authority, for this name and this time",
+                hint="is --ca this market's newest ca.crt?  If it is, do not go on: ask its operator; and look at the clocks",
+            )
         return MarketUnreachable(
             f"market: no answer ({status.name.lower().replace('_', ' ')})",
             hint="is `veilmart market up` running, and is --ca its certificate?",

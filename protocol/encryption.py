@@ -62,10 +62,12 @@ class Parameters:
 
     @property
     def data_bits(self) -> int:
+        """Bits of the prime that carries data."""
         return self.data_prime.bit_length()
 
     @property
     def special_bits(self) -> int:
+        """Bits of the prime that only key switching uses."""
         return self.special_prime.bit_length()
 
     @cached_property
@@ -189,6 +191,7 @@ class MatchPlan:
 
     @property
     def rows_per_tile(self) -> int:
+        """Specifications that share one ciphertext."""
         return 2 * self.capacity
 
     @property

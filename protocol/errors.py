@@ -16,12 +16,14 @@
     ├── BudgetSpent                     exit 5    the ledger refused; nothing was drawn, nothing was spent
     ├── LedgerBehind                    exit 5    the ledger does not know releases that were made: repair it before anything is drawn
     ├── LedgerDamaged                   exit 7    an entry of the ledger is not the one that was written
+    ├── CheckFailed                     exit 4    what was to be checked does not hold: a claim, or this machine
     ├── NotFound                        exit 3    no such release, adapter, or no match
     ├── AlreadyPublished                exit 1
     ├── StaleCatalogue                  exit 6    the market's catalogue changed under the query: sync and ask again
     ├── QuotaExceeded                   exit 6    a limit of the market; try later
     ├── Unauthorised                    exit 7
     ├── MarketUnreachable               exit 6
+    │   └── UntrustedMarket             exit 7    whoever answers there is not certified by the authority that was given
     ├── TrainingFailed                  exit 1    a loss that is no number: nothing was released
     ├── GuardUnreachable                exit 6    nobody answers at the guard's socket, or it turned us away
     └── CampaignFailed                  exit 1
@@ -146,6 +148,12 @@ class LedgerDamaged(VeilmartError):
     code, exit_code = "ledger.damaged", 7
 
 
+class CheckFailed(VeilmartError):
+    """A check that was asked for did not hold."""
+
+    code, exit_code = "check.failed", 4
+
+
 class NotFound(VeilmartError):
     """There is no such object, or nothing suitable."""
 
@@ -184,6 +192,12 @@ class MarketUnreachable(VeilmartError):
     """The market did not answer in time or not at all."""
 
     code, exit_code = "market.unreachable", 6
+
+
+class UntrustedMarket(MarketUnreachable):
+    """Somebody answers at the market's address, whose certificate the given authority did not issue for that name and time."""
+
+    code, exit_code = "market.untrusted", 7
 
 
 class GuardUnreachable(VeilmartError):

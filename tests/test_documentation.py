@@ -7,24 +7,13 @@ from pathlib import Path
 
 import click
 import pytest
-import typer
 
-from nodes.command import build
+from tests.command_line import accept
+from tests.help_blocks import written
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINES = [(page, line) for page in PAGES for line in re.findall(r"(?:^(?:    \$ )?|`)(veilmart [^`\n]+)", page.read_text(), re.MULTILINE)]
-
-
-def accept(words: list[str]) -> None:
-    """Parse a command line as the program does, without running it; raise click's own error where it would."""
-    command, context = typer.main.get_command(build()), None
-    while isinstance(command, click.Group) or hasattr(command, "commands"):
-        context = command.make_context(command.name or "veilmart", list(words), parent=context)
-        name, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
-        if not words and hasattr(command, "commands"):
-            return
-    command.make_context(name, list(words), parent=context)
 
 
 @pytest.mark.parametrize("line", [line for _, line in LINES], ids=[f"{page.name}: {line[:60]}" for page, line in LINES])
@@ -54,3 +43,18 @@ def test_tests_named_in_the_documents_exist():
     for page in PAGES:
         for name in re.findall(r"`(test_\w+)`", page.read_text()):
             assert f"def {name}(" in everything, f"{page.name} names {name}"
+
+
+def test_help_texts_are_what_the_program_prints():
+    """`python -m tests.help_blocks` writes them anew."""
+    pages = [page for page in PAGES if "<!-- help: " in page.read_text()]
+    assert pages
+    for page in pages:
+        assert written(page.read_text()) == page.read_text(), page.name
+
+
+def test_an_old_help_text_would_be_noticed():
+    page = "<!-- help: veilmart paths -->\n```\nold\n```\n<!-- /help -->"
+    assert written(page) != page
+    assert "--bundle" in written(page)
+    assert written(written(page)) == written(page)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,9 +22,9 @@ from nodes.commands.options import (
     show,
 )
 from nodes.home import open_model
-from protocol.errors import UsageError
+from protocol.errors import CheckFailed, UsageError
 
-REFUTED = 7  # exit code: a claim is shown to be false
+REFUTED = CheckFailed.exit_code  # a claim is shown to be false
 ATTACKED = 2_000  # pairs of releases that the membership attack looks at: its AUC is known to about 0.007
 
 
@@ -36,7 +37,7 @@ def audit_release(
     smallest_count: Annotated[int, typer.Option("--smallest-count", min=1, help="The market's limit.")] = 50,
     as_json: Json = False,
 ) -> None:
-    """Recompute what a release claims, offline: noise, epsilon, admission, map, its place in the log.  Exit code 7 if a claim is false.
+    """Recompute what a release claims, offline: noise, epsilon, admission, map, its place in the log.  Exit code 4 if a claim is false.
 
     An adapter without differential privacy, or a map that is not at hand, is reported, and is no false claim.
 
@@ -73,7 +74,7 @@ def audit_specification(
     base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """Attack the mechanism that makes specifications, and say what epsilon that shows.  Exit code 7 if it refutes the claim.
+    """Attack the mechanism that makes specifications, and say what epsilon that shows.  Exit code 4 if it refutes the claim.
 
     Every release of an audit is drawn here, for the audit alone: nothing is published, sent or charged.  What is printed about --data is
     for its owner's eyes.
@@ -120,7 +121,7 @@ def audit_market(
 ) -> None:
     """Check a market's log, re-verify every release, flag implausible ones and copies, and evaluate a sample of answers again.
 
-    Exit code 7 if the market contradicts itself or answered wrongly; a flagged release is its owner's doing.
+    Exit code 4 if the market contradicts itself or answered wrongly; a flagged release is its owner's doing.
 
     Example: veilmart audit market --market 127.0.0.1:7443 --ca ca.crt
     """
@@ -153,7 +154,7 @@ def audit_report(
     which_map: Map = "kme-lin-96",
     as_json: Json = False,
 ) -> None:
-    """Collect what audits found into report.json, and draw report.html from it.  Exit code 7 if a claim is refuted.
+    """Collect what audits found into report.json, and draw report.html from it.  Exit code 4 if a claim is refuted.
 
     Runs the quick audits itself: of each receipt of this home, of the mechanism, and of the market if there is one.  Nothing that is for
     your eyes alone is taken from the files of --with: no attack on your records, no number of records.
@@ -249,7 +250,8 @@ def audit_export(
     show(
         result,
         as_json,
-        [f"{out}: {len(data)} bytes", *lines, f"check it: veilmart verify bundle {out}, or python -m protocol.verify {out}"],
+        [f"{out}: {len(data)} bytes", *lines],
+        then=f"verify bundle {shlex.quote(str(out))}",
     )
 
 

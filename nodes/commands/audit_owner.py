@@ -49,7 +49,7 @@ def audit_training(
     base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """Attack the training that makes adapters, in one run of it, and say what epsilon that shows.  Exit code 7 if it refutes the claim.
+    """Attack the training that makes adapters, in one run of it, and say what epsilon that shows.  Exit code 4 if it refutes the claim.
 
     A fair coin each decides which records and which canaries are trained on.  The adapter of an audit is thrown away: nothing is
     published, sent or charged, and what is printed is for the owner's eyes.  An adapter without a guarantee makes no claim: it is flagged.
@@ -199,7 +199,7 @@ def audit_node(
     base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """Look at this machine for what would void a guarantee: each hazard yes, no or unknown, with evidence.  Exit code 7 if there is one.
+    """Look at this machine for what would void a guarantee: each hazard yes, no or unknown, with evidence.  Exit code 4 if there is one.
 
     Run it as the user that runs the guard, while it runs.  Nothing is changed, charged or sent; with --market, its list is fetched.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nodes.commands.options import Authority, Home, Json, Map, MarketAddress
+from nodes.commands.options import Authority, Home, Json, Map, MarketAddress, Quiet
 from protocol.errors import NotFound
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def browse(
     tree: Annotated[bool, typer.Option("--tree", help="Draw the tree over all releases.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Fetch all releases and recompute what the market signed.")] = False,
     which_map: Map = "kme-lin-96",
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Show what a market offers as a whole: its domains, how exactly each is known, which are near each other.
@@ -51,6 +52,9 @@ def browse(
     if as_json:
         console.print_json(result_of(aggregates, feature_map, domain, size, verify))
         return
+    if quiet:
+        console.print_lines(*(group.name for group in aggregates.domains if domain in (None, group.name)))
+        return
     rows = []
     for group in aggregates.domains:
         if domain in (None, group.name):
@@ -64,6 +68,7 @@ def browse(
     recomputed = "recomputed from all releases" if verify else "signed by the market; --verify recomputes it"
     behind = f", of {size} by now" if aggregates.state.size < size else ""
     console.say(f"as of {aggregates.state.size} releases{behind} and {aggregates.state.notices_size} notices; {recomputed}")
+    console.next_step("find FILE")
 
 
 def result_of(aggregates: Aggregates, feature_map: FeatureMap, domain: str | None, size: int, verified: bool) -> dict[str, Any]:

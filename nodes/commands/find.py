@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,13 +76,15 @@ def find(
         if keep_proof is not None:
             write_durably(keep_proof, exchange.proof.to_bytes())
 
-    querier = Querier(Market(market, ca, home), feature_map=which_map, base=base)
+    progress = console.ProgressLine(not (as_json or quiet))
+    querier = Querier(Market(market, ca, home), feature_map=which_map, base=base, on_progress=progress)
     search = querier.find(
         file,
         way=Way.MIRROR if mirror else Way.CHEAPER if auto and not keep_proof else Way.ENCRYPTED,
         filters=Filters(base_model, licence, max_bytes, epsilon_at_most, adapter_epsilon_at_most),
         top=top, places_per_organisation=places_per_org, on_exchange=keep,
     )  # fmt: skip
+    progress.close()
     found, given, price = search.found, search.places, search.price_bytes
     shown, result, matched = given.matches, search_to_json(search, keep_proof), search.verdict is Verdict.MATCH
     if as_json:
@@ -106,7 +109,7 @@ def find(
             )
             console.say(f"the market saw: {search.seen}.  It did not see your text, your sketch, your filters or these scores.")
         if matched and shown:
-            console.say(f'next: veilmart ask -m {found.title_of(shown[0])} "..."')
+            console.next_step(f'ask -m {found.title_of(shown[0])} "..."')
     if not matched:
         if not (as_json or quiet):
             console.say(search.why_not)
@@ -134,7 +137,8 @@ def catalogue_export(
         envelopes = client.envelopes(open_map(which_map))
     write_durably(out, pack_releases(envelopes), 0o644)
     result = {"schema": "veilmart.export/1", "file": str(out), "releases": len(envelopes)}
-    show(result, as_json, [f"{out}: {len(envelopes)} releases, as the market signed them"])
+    lines = [f"{out}: {len(envelopes)} releases, as the market signed them"]
+    show(result, as_json, lines, then=f"verify answer PROOF --releases {shlex.quote(str(out))}")
 
 
 def verify_answer(

@@ -17,6 +17,7 @@ from nodes.commands.options import (
     Map,
     MaybeMarket,
     Population,
+    Quiet,
     Unit,
     population_name,
     recipe_of,
@@ -218,6 +219,7 @@ def node_log(
         str | None,
         typer.Option("--contains", metavar="HEAD", help="Also expect the line with this hash, which you kept from an earlier look."),
     ] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Show what was asked of the guard and what became of it, after verifying the journal's chain.
@@ -239,6 +241,9 @@ def node_log(
     if as_json:
         rows = [{"number": e.number, "time": e.time, "event": e.event, **e.fields, "hash": e.hash.hex()} for e in entries]
         console.print_json({"schema": "veilmart.journal/1", "population": population, "entries": rows, "chain": "verified", "head": head})
+        return
+    if quiet:
+        console.print_lines(*(e.hash.hex() for e in entries))
         return
     table = [
         [

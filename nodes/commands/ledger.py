@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nodes.commands.options import Authority, Home, Json, Map, MarketAddress, Population, Unit, population_name, show, unit_in
+from nodes.commands.options import Authority, Home, Json, Map, MarketAddress, Population, Quiet, Unit, population_name, show, unit_in
 from protocol.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ def node_ledger(
     population: Population = "default",
     budget: Annotated[float, typer.Option("--budget", help="Epsilon this node may spend for life.")] = 4.0,
     prv: Annotated[bool, typer.Option("--prv", help="Also compose by PRV, as if all were planned beforehand; takes seconds.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Verify the ledger's chain and show every charge, what is spent and what is left.
@@ -33,6 +34,9 @@ def node_ledger(
     result = statement(open_ledger(folder_of(home, population_name(population)), population, budget), prv=prv)
     if as_json:
         console.print_json(result)
+        return
+    if quiet:
+        console.print_lines(*(row["release_id"] for row in result["entries"] if row["release_id"]))
         return
     table = [
         [
@@ -114,7 +118,7 @@ def node_restore(
             else (f"the signing key is not there: put your copy at {folder / 'owner.key'}, mode 0600",)
         ),
     ]
-    show({"schema": "veilmart.restore/1", "entries": count, "compared": False}, as_json, lines)
+    show({"schema": "veilmart.restore/1", "entries": count, "compared": False}, as_json, lines, then="node repair")
 
 
 def node_repair(

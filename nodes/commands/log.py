@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nodes.commands.options import Authority, Home, Json, Map, MarketAddress, read_bytes, show
+from nodes.commands.options import Authority, Home, Json, Learnware, Map, MarketAddress, read_bytes, show
+from protocol.console import say
+
+MarketKey = Annotated[str | None, typer.Option("--market-key", metavar="HEX", help="Key of the market that must have signed it.")]
+Checkpoint = Annotated[Path | None, typer.Option("--checkpoint", help="Must be under exactly this one, if the sizes agree.")]
 
 
 def catalogue_receipt(
     home: Home,
-    learnware: Annotated[str, typer.Argument(metavar="ID", help="NAME@HEX as `find` prints it, or the id.")],
+    learnware: Learnware,
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")],
     market: MarketAddress,
     ca: Authority,
@@ -33,7 +38,8 @@ def catalogue_receipt(
         receipt = client.receipt(release_id, catalogue.release_ids.index(release_id))
     write_durably(out, receipt.to_bytes(), 0o644)
     result = {"schema": "veilmart.receipt/1", "file": str(out), "release_id": release_id.hex(), "index": receipt.index}
-    show(result, as_json, [f"{out}: release {release_id.hex()[:16]} at index {receipt.index}, proven to be in the log"])
+    lines = [f"{out}: release {release_id.hex()[:16]} at index {receipt.index}, proven to be in the log"]
+    show(result, as_json, lines, then=f"verify release {shlex.quote(str(out))}")
 
 
 def catalogue_checkpoint(
@@ -106,15 +112,15 @@ def catalogue_trust(
             trusted[str(one)] = one
         write_durably(path, "".join(f"{key}\n" for key in trusted).encode(), 0o644)
     result = {"schema": "veilmart.witnesses/1", "witnesses": list(trusted)}
-    show(result, as_json, list(trusted) or ["no witness is trusted: a market that shows two logs is found out by comparing alone"])
+    show(result, as_json, list(trusted))
+    if not (trusted or as_json):
+        say("no witness is trusted: a market that shows two logs is found out by comparing alone")
 
 
 def verify_release(
     file: Annotated[Path, typer.Argument(help="A receipt of `node publish` or `catalogue receipt`.")],
-    market_key: Annotated[
-        str | None, typer.Option("--market-key", metavar="HEX", help="Key of the market that must have signed it.")
-    ] = None,
-    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="Must be under exactly this one, if the sizes agree.")] = None,
+    market_key: MarketKey = None,
+    checkpoint: Checkpoint = None,
     as_json: Json = False,
 ) -> None:
     """Check a release and its place in a market's log, offline: both signatures and the proof.  Exit code 7 if anything is wrong.
@@ -129,10 +135,8 @@ def verify_release(
 
 def verify_bundle(
     path: Annotated[Path, typer.Argument(help="Evidence of `audit export`, packed or as a folder.")],
-    market_key: Annotated[
-        str | None, typer.Option("--market-key", metavar="HEX", help="Key of the market that must have signed it.")
-    ] = None,
-    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="Must be under exactly this one, if the sizes agree.")] = None,
+    market_key: MarketKey = None,
+    checkpoint: Checkpoint = None,
     witness: Annotated[str | None, typer.Option("--witness", metavar="KEY", help="This witness must have signed the log.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -150,10 +154,8 @@ def verify_bundle(
 
 def verify_conflict(
     file: Annotated[Path, typer.Argument(help="Evidence of two releases of one number, as a refused publication leaves it.")],
-    market_key: Annotated[
-        str | None, typer.Option("--market-key", metavar="HEX", help="Key of the market that must have signed it.")
-    ] = None,
-    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="Must be under exactly this one, if the sizes agree.")] = None,
+    market_key: MarketKey = None,
+    checkpoint: Checkpoint = None,
     as_json: Json = False,
 ) -> None:
     """Check evidence that one key signed two releases of one number, offline.  Exit code 7 if it does not prove that.

@@ -50,7 +50,8 @@ def model_import(
     directory = import_model(home / "models", gguf)
     identity = model_id(directory)
     if not quiet:
-        show({"schema": "veilmart.model/1", "directory": str(directory), "model_id": identity}, as_json, [f"{identity[:16]}  {directory}"])
+        result = {"schema": "veilmart.model/1", "directory": str(directory), "model_id": identity}
+        show(result, as_json, [f"{identity[:16]}  {directory}"], then="doctor")
 
 
 def _import_other(
@@ -71,7 +72,7 @@ def _import_other(
         _show_model(facts_of(target), as_json)
 
 
-def model_list(home: Home, as_json: Json = False) -> None:
+def model_list(home: Home, quiet: Quiet = False, as_json: Json = False) -> None:
     """List the base models of this home; `--base NAME` takes one.
 
     Example: veilmart model list
@@ -83,8 +84,13 @@ def model_list(home: Home, as_json: Json = False) -> None:
     if as_json:
         console.print_json({"schema": "veilmart.models/1", "models": [_facts(facts) for facts in models]})
         return
+    if quiet:
+        console.print_lines(*(one.name for one in models))
+        return
     rows = [[one.name, one.model_id[:16], one.family, str(one.layers), str(one.width), f"{one.size_bytes / 1e6:.0f} MB"] for one in models]
     console.print_table(["model", "id", "family", "layers", "width", "weights"], rows)
+    if not models:
+        console.next_step("model import")
 
 
 def model_show(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nodes.commands.completion import learnwares, markets
 from nodes.home import default_home
+from protocol.console import show as show  # every command needs it beside its options
 from protocol.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,8 +27,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print ids only, no progress.")]
 Base = Annotated[Path | None, typer.Option("--base", help="Directory of the base model.", show_default="the imported one")]
 Map = Annotated[str, typer.Option("--map", envvar="VEILMART_MAP", help="Feature map: a name that ships with veilmart, or a file.")]
-MarketAddress = Annotated[str, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")]
-MaybeMarket = Annotated[str | None, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")]
+_MARKET = typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.", autocompletion=markets)
+MarketAddress = Annotated[str, _MARKET]
+MaybeMarket = Annotated[str | None, _MARKET]
+Learnware = Annotated[str, typer.Argument(metavar="ID", help="NAME@HEX as `find` prints it, or the id.", autocompletion=learnwares)]
 Authority = Annotated[Path, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority (ca.crt).")]
 MaybeAuthority = Annotated[Path | None, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority (ca.crt).")]
 Population = Annotated[
@@ -87,13 +91,3 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
-
-
-def show(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
-    """Print the result as JSON, or as lines for people."""
-    from nodes import console
-
-    if as_json:
-        console.print_json(result)
-    else:
-        console.print_lines(*lines)

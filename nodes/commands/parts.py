@@ -15,7 +15,7 @@ def audit_parts(
     files: Annotated[bool, typer.Option("--files", help="Read every file and compare it with the hash from its installation.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the installed packages with version, licence and the hash of their file list.  Exit code 7 if --files finds one altered.
+    """List the installed packages with version, licence and the hash of their file list.  Exit code 4 if --files finds one altered.
 
     Example: veilmart audit parts --files -o parts.json
     """
@@ -24,7 +24,7 @@ def audit_parts(
     from nodes import console
     from nodes.audit.parts import bill_of, installed
     from nodes.audit.report import to_json
-    from protocol.errors import FormatError
+    from protocol.errors import CheckFailed
     from protocol.keys import write_durably
 
     parts = installed()
@@ -46,7 +46,7 @@ def audit_parts(
     lines += [f"{name}: {len(found)} files are not as installed: {', '.join(found[:3])}" for name, found in altered.items()]
     show(result, as_json, lines)
     if altered:
-        raise typer.Exit(FormatError.exit_code)
+        raise typer.Exit(CheckFailed.exit_code)
 
 
 COMMANDS = {"audit parts": audit_parts}

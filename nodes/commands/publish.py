@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,9 +109,9 @@ def node_publish(
         + (" (paid before: the stored bytes were sent again)" if published.stored else ""),
         f"specification: epsilon {epsilon:g} at delta {delta:g}, unit {guarantee.unit}, add-or-remove-one; {adapter}",
         f"ledger of population {population}: spent {price.spent:.2f} of {price.limit:.2f}, left {price.left:.2f}",
-        f"receipt: {kept}  (check it offline: veilmart verify release {shlex.quote(str(kept))})",
+        f"receipt: {kept}  (`veilmart verify release` checks it offline)",
     ]
-    show(result, as_json, lines)
+    show(result, as_json, lines, then=f"node up {shlex.quote(str(data))}")
 
 
 def _rule_of_thumb(strength: float) -> str:
@@ -180,7 +181,8 @@ def _show_plan(plan: Plan, population: str, as_json: bool) -> None:
         f"n x epsilon    {strength:.0f}: {_rule_of_thumb(strength)}",
         "nothing was drawn, sent or spent",
     ]
-    show(result, as_json, lines)
+    # The same command, as it was given: a line to paste must not lose an option that says what is paid.
+    show(result, as_json, lines, then=shlex.join(word for word in sys.argv[1:] if word != "--dry-run"))
 
 
 def _shown(value: object) -> str:

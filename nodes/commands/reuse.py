@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nodes.commands.options import Authority, Base, Home, Json, Map, MarketAddress, MaybeAuthority, MaybeMarket, Quiet, show
+from nodes.commands.completion import learnwares
+from nodes.commands.options import (
+    Authority,
+    Base,
+    Home,
+    Json,
+    Learnware,
+    Map,
+    MarketAddress,
+    MaybeAuthority,
+    MaybeMarket,
+    Quiet,
+    show,
+)
 from protocol.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +33,7 @@ if TYPE_CHECKING:
 
 def pull(
     home: Home,
-    learnware: Annotated[str, typer.Argument(metavar="ID", help="NAME@HEX as `find` prints it, or the id.")],
+    learnware: Learnware,
     market: MarketAddress,
     ca: Authority,
     which_map: Map = "kme-lin-96",
@@ -58,13 +71,17 @@ def pull(
         if cover
         else "the market saw which one was fetched: --cover 7 hides it among eight",
     ]
-    show(result, as_json, lines)
+    show(result, as_json, lines, then=f'ask -m {stored.release.title} "..."' if stored.adapter else "")
 
 
 Learnwares = Annotated[
     list[str] | None,
     typer.Option(
-        "-m", "--learnware", help="NAME@HEX as `find` prints it, or the id; several for a mixture.", show_default="the best match of --task"
+        "-m",
+        "--learnware",
+        help="NAME@HEX as `find` prints it, or the id; several for a mixture.",
+        show_default="the best match of --task",
+        autocompletion=learnwares,
     ),
 ]
 Larger = Annotated[Path | None, typer.Option("--larger", metavar="DIR", help="A larger local model: a Hugging Face directory.")]

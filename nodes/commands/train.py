@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,7 +73,7 @@ def node_train(
         console.say(_needs(plan))
     trained = owner.train()
     progress.close()
-    _show(trained, plan, as_json, quiet)
+    _show(trained, plan, data, as_json, quiet)
 
 
 def _needs(plan: TrainingPlan) -> str:
@@ -104,7 +105,7 @@ def _show_plan(plan: TrainingPlan, as_json: bool) -> None:
     show(result, as_json, lines)
 
 
-def _show(trained: Trained, plan: TrainingPlan, as_json: bool, quiet: bool) -> None:
+def _show(trained: Trained, plan: TrainingPlan, data: Path, as_json: bool, quiet: bool) -> None:
     from nodes import console
 
     digest = trained.reference.digest.hex()
@@ -122,7 +123,7 @@ def _show(trained: Trained, plan: TrainingPlan, as_json: bool, quiet: bool) -> N
         lines.append(
             f"held-out loss: {trained.losses[0].nats:.3f} nats a token before, {best.nats:.3f} after step {best.step} (stays here)"
         )
-    show(result, as_json, lines)
+    show(result, as_json, lines, then=f"node publish --data {shlex.quote(str(data))} --dry-run")
 
 
 COMMANDS = {"node train": node_train}

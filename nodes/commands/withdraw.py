@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from nodes.commands.options import Authority, Home, Json, Map, MarketAddress, Population, population_name, show
+from nodes.commands.options import Authority, Home, Json, Learnware, Map, MarketAddress, Population, population_name, show
 from protocol.errors import NotFound, Unauthorised
 
 
 def node_withdraw(
     home: Home,
-    learnware: Annotated[str, typer.Argument(metavar="ID", help="NAME@HEX as `find` prints it, or the id.")],
+    learnware: Learnware,
     market: MarketAddress,
     ca: Authority,
     population: Population = "default",
@@ -91,9 +88,8 @@ def node_rotate_key(
     lines = [
         f"you are now    {words_of(new)}    read it to the operator on the telephone",
         f"notice {index} of this market; other markets do not know this key yet",
-        "keep a copy of the new key: veilmart node backup FILE --key FILE",
     ]
-    show(result, as_json, lines)
+    show(result, as_json, lines, then="node backup FILE --key FILE")  # a copy of the new key
 
 
 COMMANDS = {"node withdraw": node_withdraw, "node rotate-key": node_rotate_key}

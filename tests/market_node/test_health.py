@@ -12,8 +12,9 @@ import pytest
 from grpc_health.v1 import health_pb2 as pb
 from grpc_health.v1.health_pb2_grpc import HealthStub, add_HealthServicer_to_server
 
-from market_node.health import NOT_SERVING, SERVICE, SERVING, Health
+from market_node.health import NOT_SERVING, SERVING, Health
 from protocol.channel import connect
+from protocol.health import SERVICE
 from protocol.wire import market_pb2
 from tests.e2e.processes import environment, market_process, veilmart
 

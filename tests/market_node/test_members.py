@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from market_node.members import Members
 from nodes.command import build
-from nodes.commands.join import adopt_market
+from nodes.known_market import market_of
 from nodes.market_client import MarketClient
 from protocol.enrolment import Invite, sign_enrolment, verify_enrolment, words_of
 from protocol.errors import (
@@ -191,9 +191,7 @@ def test_join_makes_a_member_who_may_publish_and_shows_the_same_words_on_both_si
     with MarketClient(address, ca, owner) as client:
         assert client.describe(public(key)).may_publish
         client.publish(sign_release(release_of(MAP, key), key))
-    environment = {"VEILMART_HOME": str(owner)}
-    adopt_market(["veilmart", "find", "x"], environment)
-    assert environment["VEILMART_MARKET"] == address
+    assert market_of(owner).address == address
     assert (owner / "market-ca.crt").read_bytes() == ca.read_bytes()
 
 
@@ -416,28 +414,6 @@ def test_secrets_come_from_files_that_nobody_else_reads(market, capsys):
         with pytest.raises(UsageError) as caught:
             run(capsys, "node", "join", address, "--invite", wrong, "--home", str(folder / "owner"))
         assert file.read_text().strip()[30:60] not in str(caught.value)
-
-
-def test_a_named_market_is_never_mixed_with_the_joined_one(tmp_path):
-    (tmp_path / "market.toml").write_text('[market]\naddress = "joined:1"\n')
-    for words, environment in (
-        (["find", "--market", "other:2"], {}), (["find", "--ca=x"], {}), (["find"], {"VEILMART_MARKET": "other:2"}),
-        (["find"], {"VEILMART_CA": "x"}),
-    ):  # fmt: skip
-        environment |= {"VEILMART_HOME": str(tmp_path)}
-        before = dict(environment)
-        adopt_market(words, environment)
-        assert environment == before
-    found: dict[str, str] = {}
-    adopt_market(["find", "--home", str(tmp_path)], found)
-    assert found == {"VEILMART_MARKET": "joined:1", "VEILMART_CA": str(tmp_path / "market-ca.crt")}
-
-
-def test_a_damaged_file_is_as_none(tmp_path):
-    (tmp_path / "market.toml").write_text("not toml [")
-    found: dict[str, str] = {}
-    adopt_market(["find", "--home", str(tmp_path)], found)
-    assert found == {}
 
 
 def test_foreign_bytes_are_no_invite():

@@ -147,10 +147,10 @@ def test_a_running_guard_is_examined_and_the_command_says_so(tmp_path, tiny_mode
 
 
 @pytest.mark.slow
-def test_the_command_ends_with_7_where_there_is_a_hazard(home):
+def test_the_command_ends_with_4_where_there_is_a_hazard(home):
     (home / "node" / "journal.jsonl").write_text("{}\n")
     done = veilmart("audit", "node", home=home)
-    assert done.returncode == 7
+    assert done.returncode == 4
     assert "NO       journal" in done.stdout
     assert veilmart("audit", "node", "--home", str(home / "nowhere"), home=home).returncode == 2
 

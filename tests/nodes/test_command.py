@@ -1,33 +1,49 @@
-"""The command line as a person meets it: speed, errors, exit codes.  Nothing here loads the model."""
+"""The command line as a person meets it: speed, help, errors, exit codes.  Nothing here loads the model."""
 
+import datetime
 import json
 import os
+import re
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
+from market_node.identity import market_identity
+from nodes.command import _told
 from nodes.commands.options import unit_in
 from nodes.owner import name_from
 from protocol.errors import UsageError
 from protocol.privacy import PrivacyUnit
 from protocol.release import Card
+from tests.command_line import COMMANDS, accept, run
 
+ROOT = Path(__file__).parents[2]
 SECRET = "SECRET-4410"
 
 
 def veilmart(*words: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own, where a test is about the process."""
     command = [sys.executable, "-m", "nodes.command", *words]
     env = {**os.environ, "VEILMART_HOME": str(home), **environment}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
 
 
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory) -> str:
+    """The file of an authority that no market here uses."""
+    return str(market_identity(tmp_path_factory.mktemp("m"), (), datetime.datetime.now(datetime.UTC)).ca_file)
+
+
 def test_help_answers_in_half_a_second(tmp_path):
     """CPU seconds of the whole process: the wall clock of a shared machine would measure its neighbours."""
     seconds = []
-    for _ in range(5):
+    for _ in range(3):
         before = os.times()
         done = veilmart("--help", home=tmp_path)
         after = os.times()
@@ -36,19 +52,42 @@ def test_help_answers_in_half_a_second(tmp_path):
     assert statistics.median(seconds) < 0.5
 
 
-COMMANDS = [
-    "demo", "sim", "find", "pull", "ask", "market up", "node publish", "node train", "node ledger", "node backup", "node restore",
-    "node repair", "model import", "map fit", "map show", "catalogue export", "verify answer",
-    "campaign run", "campaign list", "campaign show", "paths", "node up",
-    "audit training", "audit node", "browse",
-]  # fmt: skip
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_with_an_example_that_is_accepted(name, monkeypatch):
+    for variable in ("VEILMART_MARKET", "VEILMART_CA"):
+        monkeypatch.setenv(variable, "x")  # `market add` or `node join` said so before
+    examples = re.findall(r"Example: veilmart (.+)", COMMANDS[name].help)
+    assert examples
+    for example in examples:
+        assert accept(shlex.split(example)).command is COMMANDS[name], example
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself_with_an_example(command, tmp_path):
-    done = veilmart(*command.split(), "--help", home=tmp_path)
-    assert done.returncode == 0
-    assert f"Example: veilmart {command}" in done.stdout
+def test_every_command_speaks_json_and_what_lists_can_say_ids_alone():
+    options = {name: {word for option in command.params for word in option.opts} for name, command in COMMANDS.items()}
+    assert [name for name, words in options.items() if "--json" not in words] == []
+    listing = {"find", "browse", "model list", "node ledger", "node log", "campaign list", "market members", "pki show"}
+    assert {name for name in listing if not {"-q", "--quiet"} <= options[name]} == set()
+
+
+def test_no_command_is_help_and_ls_is_list(capsys, tmp_path):
+    for words in ([], ["node"], ["market"]):
+        done = run(capsys, *words, home=tmp_path)
+        assert (done.code, done.err) == (0, ""), words
+        assert "Usage: veilmart" in done.out
+    assert run(capsys, "model", "ls", home=tmp_path).out == run(capsys, "model", "list", home=tmp_path).out != ""
+    assert run(capsys, "node", "ls", home=tmp_path).code == 2, "an alias of what is not there"
+
+
+def test_the_shell_is_told_what_fits(tmp_path):
+    def completed(words: str) -> set[str]:
+        count = str(len(words.split(" ")) - 1)
+        done = veilmart(home=tmp_path, _VEILMART_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=count)
+        return set(done.stdout.split())
+
+    (tmp_path / "market.toml").write_text('[market]\naddress = "known.example:7443"\n')
+    assert completed("veilmart find --mar") == {"--market"}
+    assert completed("veilmart find --market kno") == {"known.example:7443"}
+    assert "COMP_WORDS" in veilmart("--show-completion", "bash", home=tmp_path).stdout
 
 
 def written(path: Path, text: str) -> str:
@@ -56,8 +95,8 @@ def written(path: Path, text: str) -> str:
     return str(path)
 
 
-def test_wrong_input_gets_one_clear_error_and_its_exit_code(tmp_path):
-    ca = written(tmp_path / "ca.crt", "no certificate")
+def test_wrong_input_gets_one_clear_error_and_its_exit_code(tmp_path, capsys, authority):
+    ca = authority
     good = written(tmp_path / "good.jsonl", '{"text": "a b"}\n')
     bad = written(tmp_path / "bad.jsonl", f'{{"text": "fine"}}\n{{"text": "{SECRET}"\n')
     cases = [
@@ -80,7 +119,9 @@ def test_wrong_input_gets_one_clear_error_and_its_exit_code(tmp_path):
         (2, ["market", "up", "--port", "0", "--largest-epsilon", "50"], "largest epsilon"),
         (2, ["sim", "--data", str(tmp_path / "none")], "no such folder"),
         (2, ["sim", "--data", str(tmp_path), "--out", str(tmp_path)], "new or empty folder"),
+        (2, ["find", good, "--market", "127.0.0.1:9", "--ca", good], "good.jsonl: expected a certificate authority"),
         (2, ["ask", "-m", "x@00000000"], "Missing argument"),
+        (2, ["ask", "-m", "x@00000000", "one", SECRET], "needs quotes"),
         (3, ["ask", "-m", "x@00000000", "hello"], "not pulled"),
         (2, ["map", "show", str(tmp_path / "none.map")], "none.map"),
         (7, ["map", "show", good], "veilmart/map/v2"),
@@ -93,35 +134,146 @@ def test_wrong_input_gets_one_clear_error_and_its_exit_code(tmp_path):
         (2, ["market", "up", "--port", "0", "--home", good], "good.jsonl"),
     ]
     for code, words, expected in cases:
-        done = veilmart(*words, home=tmp_path / "home")
-        told = done.stdout + done.stderr
-        assert done.returncode == code, (words, told)
-        assert expected.lower() in told.lower(), (words, told)
-        assert "Traceback" not in told
-        assert SECRET not in told
-        assert len(done.stderr.strip().splitlines()) <= 12
+        done = run(capsys, *words, home=tmp_path / "home")
+        assert done.code == code, (words, done.told)
+        assert expected.lower() in done.told.lower(), (words, done.told)
+        assert "Traceback" not in done.told
+        assert SECRET not in done.told
+        assert done.out == "", "an error is no result"
+        assert len(done.err.strip().splitlines()) <= 3, done.err
 
 
-def test_errors_are_json_when_json_was_asked_for(tmp_path):
-    done = veilmart("find", "absent.jsonl", "--market", "127.0.0.1:9", "--ca", "x", "--json", home=tmp_path)
-    error = json.loads(done.stdout)["error"]
-    assert (done.returncode, error["code"]) == (2, "records")
+def test_click_itself_would_repeat_what_was_typed():
+    """Control: what it says of an argument too many is the argument."""
+    with pytest.raises(click.UsageError, match=SECRET):
+        accept(["ask", "-m", "x", "one", SECRET])
 
 
-def test_a_failed_import_leaves_nothing_half_written(tmp_path):
+def test_errors_are_json_when_json_was_asked_for(tmp_path, capsys):
+    for words, code in (
+        (["find", "absent.jsonl", "--market", "127.0.0.1:9", "--ca", "x"], "records"), (["find"], "usage"), (["frobnicate"], "usage"),
+    ):  # fmt: skip
+        done = run(capsys, *words, "--json", home=tmp_path)
+        error = json.loads(done.out)["error"]
+        assert (done.code, error["code"], done.err) == (2, code, "")
+        assert error["message"]
+        assert "hint" in error
+
+
+# Exit codes: each that docs/configuration.md has ------------------------------------------------------------------------------------------
+
+
+def documented() -> list[int]:
+    table = (ROOT / "docs" / "configuration.md").read_text().partition("## Exit codes")[2]
+    return [int(code) for code in re.findall(r"^\| \*\*(\d+)\*\* \|", table, re.MULTILINE)]
+
+
+def provoke(code: int, folder: Path, authority: str, tiny_model_directory: Path) -> list[str]:
+    """Return a command line that ends with this code."""
+    good = written(folder / "good.jsonl", "".join(f'{{"prompt": "a{n}", "response": "b"}}\n' for n in range(60)))
+    if code == 1:  # a database that is none: nothing of ours expects that
+        (folder / "home" / "market").mkdir(parents=True)
+        written(folder / "home" / "market" / "members.db", "no database " * 100)
+    if code == 5:
+        from nodes.base_model import BaseModel
+        from tests.nodes.owners import tiny_map
+
+        (folder / "tiny.map").write_bytes(tiny_map(BaseModel.open(tiny_model_directory)).manifest)
+    tiny = ["--base", str(tiny_model_directory), "--map", str(folder / "tiny.map"), "--no-train"]
+    return {
+        0: ["paths"],
+        1: ["market", "members"],
+        2: ["frobnicate"],
+        3: ["ask", "-m", "x@00000000", "hello"],
+        4: ["doctor", "--base", str(folder / "no-model")],
+        5: ["node", "publish", "--data", good, "--dry-run", "--epsilon", "1.5", "--budget", "1", *tiny],
+        6: ["find", good, "--market", "127.0.0.1:9", "--ca", authority],
+        7: ["verify", "release", good],
+    }[code]
+
+
+@pytest.mark.parametrize("code", [code for code in documented() if code != 130])
+def test_every_documented_exit_code_is_provoked(code, tmp_path, capsys, authority, tiny_model_directory):
+    done = run(capsys, *provoke(code, tmp_path, authority, tiny_model_directory), home=tmp_path / "home")
+    assert done.code == code, done.told
+    assert "Traceback" not in done.told
+
+
+def test_every_code_of_the_design_is_documented():
+    assert documented() == [0, 1, 2, 3, 4, 5, 6, 7, 130]
+
+
+def test_what_is_interrupted_ends_with_130(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    command = [sys.executable, "-m", "nodes.command", "verify", "release", str(tmp_path / "pipe")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with (tmp_path / "pipe").open("wb"):  # returns once the command has opened the other end, and waits for bytes
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+
+
+# Private text -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_no_bad_file_is_repeated(tmp_path, capsys, authority):
+    """A canary in every kind of file that a command reads; the file is wrong in several ways."""
     home = tmp_path / "home"
-    veilmart("model", "import", "--gguf", written(tmp_path / "x.gguf", "GGUF nonsense"), home=home)
+    texts = {
+        "broken": f'{{"text": "{SECRET}"\n',
+        "list": f'["{SECRET}"]\n',
+        "key": f'{{"{SECRET}": 1}}\n',
+        "value": f'{{"text": ["{SECRET}"]}}\n',
+        "plain": f"{SECRET}\n" * 3,
+        "toml": f'[{SECRET}]\n{SECRET} = "{SECRET}"\n',
+        "assigned": f'epsilon = "{SECRET}"\n',
+        "latin": f"\xff{SECRET}",
+    }
+    market = ["--market", "127.0.0.1:9", "--ca", authority]
+    for kind, text in texts.items():
+        path = tmp_path / kind
+        path.write_bytes(text.encode("latin-1"))
+        file = str(path)
+        for words in (
+            ["find", file, *market], ["find", authority, "--market", "127.0.0.1:9", "--ca", file],
+            ["node", "publish", "--data", file, "--dry-run", "--no-train"], ["node", "train", "--data", file, "--dry-run"],
+            ["node", "policy", file], ["node", "restore", file], ["node", "join", "127.0.0.1:9", "--invite", f"file:{file}"],
+            ["verify", "release", file], ["verify", "bundle", file], ["verify", "conflict", file],
+            ["verify", "answer", file, "--releases", file], ["audit", "release", file], ["audit", "report", "-o", file, "--with", file],
+            ["map", "show", file], ["model", "import", "--gguf", file], ["catalogue", "trust", SECRET[:3]],
+            ["pki", "issue", "--csr", file, "-o", file + ".crt"], ["market", "restore", file], ["compare", "--validation", file],
+        ):  # fmt: skip
+            path.chmod(0o600)
+            done = run(capsys, *words, home=home)
+            assert done.code not in (0, 1), (words, done.told)
+            assert SECRET not in done.told, (kind, words)
+            assert "Traceback" not in done.told
+
+
+def test_an_error_that_was_not_written_for_people_is_not_repeated():
+    with pytest.raises(ValueError, match=SECRET) as caught:
+        int(SECRET)
+    told = _told(caught.value)
+    assert SECRET not in f"{told} {told.hint}"
+    assert re.fullmatch(r"unexpected ValueError at test_command\.py:\d+", str(told))
+
+
+def test_a_failed_import_leaves_nothing_half_written(tmp_path, capsys):
+    home = tmp_path / "home"
+    assert run(capsys, "model", "import", "--gguf", written(tmp_path / "x.gguf", "GGUF nonsense"), home=home).code == 2
     assert [path for path in home.rglob("*") if path.is_file() and path.stat().st_size] == []
 
 
-def test_the_shipped_map_is_shown(tmp_path):
-    shown = json.loads(veilmart("map", "show", "--json", home=tmp_path).stdout)
+def test_the_shipped_map_is_shown(tmp_path, capsys):
+    shown = json.loads(run(capsys, "map", "show", "--json", home=tmp_path).out)
     assert shown["schema"] == "veilmart.map/1"
     assert shown["dimension"] == 96
 
 
 def test_a_traceback_appears_only_on_request(tmp_path):
-    assert "Traceback" in veilmart("--debug", "map", "show", "none.map", home=tmp_path).stderr
+    for words in (("--debug", "map", "show", "none.map"), ("map", "show", "none.map", "--debug")):
+        assert "Traceback" in veilmart(*words, home=tmp_path).stderr
 
 
 @pytest.mark.parametrize(("text", "unit"), [("record", ""), ("person", "person"), ("field:person", "person")])
@@ -135,13 +287,13 @@ def test_what_is_no_unit_is_refused(tmp_path, text):
         unit_in(text, tmp_path)
 
 
-def test_a_card_that_is_no_utf8_is_the_callers_mistake(tmp_path):
+def test_a_card_that_is_no_utf8_is_the_callers_mistake(tmp_path, capsys):
     for field in ("summary", "licence"):
         with pytest.raises(UsageError, match="UTF-8"):
             Card("notes", **{field: os.fsdecode(b"caf\xe9")})
     command = ("node", "publish", "--data", written(tmp_path / "a.jsonl", '{"text": "a"}'), "--dry-run", "--no-train")
-    done = veilmart(*command, "--summary", os.fsdecode(b"caf\xe9"), home=tmp_path)
-    assert (done.returncode, "UTF-8" in done.stderr) == (2, True), done.stderr
+    done = run(capsys, *command, "--summary", os.fsdecode(b"caf\xe9"), home=tmp_path)
+    assert (done.code, "UTF-8" in done.err) == (2, True), done.err
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import nodes
 from nodes import Budget, Market, Owner, Policy, Published, Querier, Recipe, Way, read_records
 from nodes.base_model import BaseModel
 from nodes.command import build
+from nodes.known_market import remember
 from protocol.admission import AdmissionPolicy
 from protocol.errors import NotAdmitted, NotFound, UsageError
 from protocol.privacy import Guarantee, PrivacyUnit
@@ -92,17 +93,25 @@ def test_limits_and_unit_are_the_owners(world, tmp_path):
 
 def test_a_querier_finds_pulls_and_asks(world):
     querier = Querier(Market(world.market.address, world.market.ca, world.root / "querier"), **world.tiny)
-    search = querier.find(world.root / "wool.jsonl", way=Way.MIRROR)
+    task = read_records(world.root / "wool.jsonl", 24)
+    search = querier.find(task, way=Way.CHEAPER)
+    assert search.way is Way.MIRROR  # of a handful of releases
     assert world.published.release.title in search.titles
     assert (search.why_not == "") == (search.verdict == "match")
-    assert querier.find(read_records(world.root / "wool.jsonl"), way=Way.CHEAPER).way is Way.MIRROR
     stored = querier.pull(world.published.release.title)
-    assert stored.release == world.published.release
+    assert stored.release.release_id == world.published.release.release_id
     answer = querier.ask("number 3 of wool", learnwares=[world.published.release.title], tokens=4)
     assert (answer.answered_by, answer.tokens <= 4) == (world.published.release.title, True)
     # What was pulled answers without a market, and says so.
     alone = Querier(home=world.root / "querier", **world.tiny).ask("number 3 of wool", learnwares=[world.published.release.title], tokens=4)
     assert (alone.text, alone.left_site) == (answer.text, ())
+
+
+def test_the_market_of_a_home_needs_no_address(tmp_path):
+    with pytest.raises(UsageError, match="knows no market"):
+        Market.known(tmp_path)
+    remember(tmp_path, "market.example:7443", bytes(32))
+    assert Market.known(tmp_path) == Market("market.example:7443", tmp_path / "market-ca.crt", tmp_path)
 
 
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(tmp_path):
