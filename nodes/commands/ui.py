@@ -55,13 +55,13 @@ def ui(
         show(result, as_json, [url, "your own page; whoever has this address has the page, until you stop it (Ctrl-C)"])
         sys.stdout.flush()
         if open_browser:
-            stack.callback(_open(home, url))
+            stack.callback(open_in_browser(home, url))
         loopback.run(server, bound)
     console.say("stopped")
 
 
-def _open(home: Path, url: str) -> Callable[[], None]:
-    """Open a browser, and return what removes the file that led it there."""
+def open_in_browser(home: Path, url: str) -> Callable[[], None]:
+    """Open the address in the user's browser, and return what removes the file that leads there."""
     import webbrowser
 
     from nodes import console

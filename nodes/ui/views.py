@@ -395,7 +395,7 @@ def _now() -> str:
 
 
 def _told(job: Job) -> dict[str, Any]:
-    error = {"code": job.error.code, "message": str(job.error), "hint": job.error.hint} if job.error is not None else None
+    error = asdict(job.error) if job.error is not None else None
     return {
         "id": job.id, "kind": job.kind, "title": job.title, "state": str(job.state), "over": job.over, "stopping": job.stopping,
         "stage": job.stage, "done": job.done, "of": job.of, "partial": dict(job.partial), "seconds": round(job.seconds, 1), "error": error,

@@ -38,6 +38,15 @@ class Stopped(Exception):
     """Raised inside work that its user stopped, where it next reports progress."""
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What went wrong, in the three lines of the command line.  Not the error itself: it holds on to the records that it came from."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
 @dataclass
 class Job:
     """One piece of work.  Written by the worker, read by pages: each field is replaced whole."""
@@ -52,7 +61,7 @@ class Job:
     of: int = 0
     partial: Mapping[str, str] = field(default_factory=dict)  # what is known before the end, by name
     result: Mapping[str, Any] | None = None
-    error: VeilmartError | None = None
+    error: Failure | None = None
     seconds: float = 0.0
     _stop: threading.Event = field(default_factory=threading.Event)
 
@@ -140,12 +149,16 @@ class Worker:
                 job.state = State.RUNNING
             started = time.monotonic()
             state = _finished(job)
-            job.seconds = time.monotonic() - started
+            job.seconds, job.run = time.monotonic() - started, _forgotten  # with the records that came for it
             job.state = state  # last: whoever sees it sees the result
             log.info("work kind=%s state=%s seconds=%.1f", job.kind, job.state, job.seconds)
 
     def _next(self) -> Job | None:
         return next((job for job in self._jobs.values() if job.state is State.WAITING), None)
+
+
+def _forgotten(job: Job) -> Mapping[str, Any]:
+    raise AssertionError("work is run once")
 
 
 def _finished(job: Job) -> State:
@@ -156,8 +169,8 @@ def _finished(job: Job) -> State:
     except Stopped:
         return State.STOPPED
     except VeilmartError as error:
-        job.error = error
+        job.error = Failure(error.code, str(error), error.hint)
     except Exception as error:  # noqa: BLE001  # its text may hold private records, so only its type is told and logged
-        job.error = VeilmartError(f"unexpected {type(error).__name__}")
+        job.error = Failure(VeilmartError.code, f"unexpected {type(error).__name__}")
     log.warning("work failed kind=%s code=%s", job.kind, job.error.code)
     return State.FAILED

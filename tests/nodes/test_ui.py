@@ -2,7 +2,9 @@
 
 import logging
 import re
+import stat
 import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from starlette.testclient import TestClient
 
 from nodes.audit.report import build_report, to_json
 from nodes.base_model import BaseModel
+from nodes.commands.ui import OPENER, open_in_browser
 from nodes.finetune import Recipe
 from nodes.forecast import EPSILONS
 from nodes.market import Market
@@ -22,7 +25,7 @@ from nodes.statement import open_ledger
 from nodes.ui.application import application
 from nodes.ui.door import COOKIE, Door, Keys
 from nodes.ui.views import Views
-from nodes.ui.work import MOST_WAITING, State, Worker
+from nodes.ui.work import MOST_WAITING, Failure, State, Worker
 from protocol.errors import NotFound, QuotaExceeded, UsageError
 from protocol.privacy import Guarantee
 from tests.market_node.local import QuietService
@@ -133,6 +136,21 @@ def test_the_users_browser_comes_in():
         assert attack(page, how).status_code == 200, how
 
 
+def test_the_token_is_in_no_argument_of_a_browser(tmp_path, monkeypatch):
+    """Everybody on this machine reads arguments; the file is its owner's, and goes with the page."""
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
+    address = f"http://{HERE}/?token={MARKER}"
+    (tmp_path / OPENER).write_text("left by one that was killed")
+    forget = open_in_browser(tmp_path, address)
+    assert opened == [(tmp_path / OPENER).as_uri()]
+    assert MARKER not in opened[0]
+    assert stat.S_IMODE((tmp_path / OPENER).stat().st_mode) == 0o600
+    assert f"url={address}" in (tmp_path / OPENER).read_text()
+    forget()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_two_pages_share_a_secret():
     secrets = [secret for keys in (Keys(), Keys()) for secret in (keys.token, keys.cookie, keys.at)]
     assert len(set(secrets)) == 6
@@ -190,11 +208,33 @@ def test_what_fails_says_what_to_do_and_never_what_was_in_it(caplog):
 
     with caplog.at_level(logging.DEBUG), Worker() as worker:
         first, second = wait_for(worker.start("match", MARKER, refused)), wait_for(worker.start("match", MARKER, broken))
-    assert (str(first.error), first.error.hint) == ("expected a file", "choose one")
-    assert str(second.error) == "unexpected ValueError"
+    assert first.error == Failure("usage", "expected a file", "choose one")
+    assert second.error == Failure("unexpected", "unexpected ValueError")
     assert first.state is second.state is State.FAILED
     assert "code=usage" in caplog.text
     assert MARKER not in caplog.text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_records_of_work_are_forgotten_when_it_is_over(fails):
+    class Records(list):
+        """Can be referred to weakly."""
+
+    def start(worker):
+        records = Records([MARKER])
+
+        def run(job):
+            if fails and records:
+                raise UsageError("no")
+            return {"count": len(records)}
+
+        return worker.start("match", "a", run), weakref.ref(records)
+
+    with Worker() as worker:
+        job, kept = start(worker)
+        assert (wait_for(job).state is State.FAILED) is fails
+        assert worker.find(job.id) is job
+        assert kept() is None
 
 
 def test_too_much_work_is_refused_and_old_results_are_forgotten():
