@@ -11,10 +11,10 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from market_node.health import require_serving
 from market_node.metrics import COUNTS
 from market_node.server import ADDRESS
 from protocol.errors import NotFound, VeilmartError
+from protocol.health import require_serving
 
 ASK_S = 10.0  # however many look, the market is asked no more often, and nobody sees its load move from one call to the next
 OLD_S = 60.0  # counts of a market that is gone

@@ -24,6 +24,12 @@ WIDTH, HEIGHT, MARGIN = 760, 480, 28
 LARGEST_HALO = 400.0  # of the picture; beyond it a halo covers everything and says no more
 KINDS = ("c1", "c2", "c3", "c4")  # of the most frequent domains; c5 of all others
 CHARACTER = 7.4  # width of one in a label
+# Where a label may stand, as seen from its mark; the first that is free is taken.
+NEAR = (
+    (10, 4, "start"), (-10, 4, "end"), (0, -11, "middle"), (0, 20, "middle"),
+    (7, -12, "start"), (-7, -12, "end"), (7, 20, "start"), (-7, 20, "end"),
+)  # fmt: skip
+SHARE_BEFORE = {"start": 0.0, "middle": 0.5, "end": 1.0}  # of a label, that lies before its anchor
 DOTS = 20_000  # places without a link that are drawn at most
 
 
@@ -124,21 +130,20 @@ def drawn(found: dict[str, Any]) -> Markup:
 
 
 def _labels(places: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str, bool]]:
-    """Return where each name stands, and whether it can be shown always: names beside their marks that cover no other."""
-    taken: list[tuple[float, float, float, float]] = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in places]
+    """Return where each name stands, and whether it can be shown always: names near their marks that cover no other."""
+    taken: list[tuple[float, float, float, float]] = [(x - 8, y - 8, x + 8, y + 8) for x, y, _ in places]
     found = []
     for x, y, name in places:
         length = CHARACTER * len(name)
-        beside = ((x + 10, y + 4, "start", x + 10), (x - 10, y + 4, "end", x - 10 - length))
-        centred = ((x, y - 10, "middle", x - length / 2), (x, y + 19, "middle", x - length / 2))
-        for label_x, label_y, anchor, left in beside + centred:
-            box = (left, label_y - 11, left + length, label_y + 3)
+        for right, down, anchor in NEAR:
+            left, base = x + right - length * SHARE_BEFORE[anchor], y + down
+            box = (left, base - 11, left + length, base + 3)
             inside = box[0] >= 2 and box[2] <= WIDTH - 2 and box[1] >= 2 and box[3] <= HEIGHT - 2
             if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
                 taken.append(box)
-                found.append((label_x, label_y, anchor, True))
+                found.append((x + right, base, anchor, True))
                 break
-        else:
-            right = x + 10 + length > WIDTH
-            found.append((x - 10 if right else x + 10, y + 4, "end" if right else "start", False))
+        else:  # shown while its mark is pointed at or has the focus
+            way, anchor = (-10, "end") if x + 10 + length > WIDTH else (10, "start")
+            found.append((x + way, y + 4, anchor, False))
     return found

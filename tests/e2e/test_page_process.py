@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from market_node.health import require_serving
 from protocol.channel import connect
 from protocol.features import default_map
+from protocol.health import require_serving
 from protocol.release import sign_release
 from protocol.wire import market_pb2 as pb
 from protocol.wire.market_pb2_grpc import MarketStub

@@ -221,6 +221,18 @@ def test_points_can_be_reached_by_keyboard_and_say_what_they_are(client, made):
     assert {row[0] for row in Rows(page.text).rows} >= {point["title"] for point in found["map"]["points"]}, "the table has them all"
 
 
+def test_names_cover_neither_each_other_nor_a_mark():
+    rng = np.random.default_rng(5)
+    places = [(float(x), float(y), "a-name-of-18-signs") for x, y in rng.uniform((30, 30), (730, 450), (30, 2))]
+    shown = [one for one in projection._labels(places) if one[3]]
+    boxes = [(x - 133.2 * projection.SHARE_BEFORE[anchor], y - 11, y + 3) for x, y, anchor, _ in shown]
+    apart = [abs(a[0] - b[0]) >= 133 or a[1] >= b[2] - 1e-6 or b[1] >= a[2] - 1e-6 for n, a in enumerate(boxes) for b in boxes[:n]]
+    assert all(apart)
+    assert len(shown) >= 20
+    crowd = projection._labels([(100.0 + n, 100.0, "a-name-of-18-signs") for n in range(20)])
+    assert sum(always for *_, always in crowd) < 10, "the rest is shown where it is pointed at"
+
+
 def test_more_noise_is_a_wider_halo(client):
     points = {point["title"]: point for point in client.get("/map.json").json()["map"]["points"]}
     noise = {one["title"]: one["noise"] for one in client.get("/catalogue.json").json()["releases"]}
