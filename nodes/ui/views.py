@@ -384,8 +384,8 @@ def _sent(entries: Iterable[Entry], home: Path) -> list[dict[str, Any]]:
         rows.append({
             "title": release.title, "bytes": len(entry.envelope), "integers": release.specification.dimension + 1,
             "noisy_count": round(release.specification.count), "epsilon": release.specification.guarantee.epsilon,
-            "adapter": epsilon_of(release.adapter), "summary": release.card.summary, "licence": release.card.licence,
-            "receipt_kept": kept,
+            "adapter": epsilon_of(release.adapter), "adapter_bytes": release.adapter.size_bytes if release.adapter else 0,
+            "summary": release.card.summary, "licence": release.card.licence, "receipt_kept": kept,
         })  # fmt: skip
     return rows[::-1]
 

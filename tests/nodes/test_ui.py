@@ -409,6 +409,7 @@ def test_the_ledger_shows_charges_and_price_and_spends_nothing(world):
     assert "It would be refused" in page.text
     assert "It fits" in world.local.get("ledger").text
     assert [one["title"] for one in twin["sent"]] == [world.title]
+    assert twin["sent"][0]["adapter_bytes"] > 1_000  # what left without a guarantee is not passed over
     assert twin["sent"][0]["integers"] == tiny_map(world.local.querier.model).dimension + 1
     assert open_ledger(world.owner.folder, "default").entries() == before
     for wrong in ("population=../../etc", "population=nobody", "epsilon=x", "epsilon=nan", "epsilon=-1", "budget=0"):
