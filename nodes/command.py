@@ -122,6 +122,13 @@ def build(markup: Literal["rich"] | None = "rich") -> typer.Typer:
     return dress(app)
 
 
+def program(markup: Literal["rich"] | None = "rich") -> click.Command:
+    """Return the program as click runs it."""
+    from typer.main import get_command
+
+    return get_command(build(markup))
+
+
 def main() -> None:
     """Run the command line and exit with the documented code."""
     # No command reaches any host but the configured market: what would telephone home by default is told not to.
@@ -137,7 +144,7 @@ def main() -> None:
     # The overview of all commands is plain: loading rich for it would cost a third of its half second.
     overview = all(word.startswith("-") for word in sys.argv[1:])
     try:
-        code = typer.main.get_command(build(None if overview else "rich")).main(prog_name="veilmart", standalone_mode=False)
+        code = program(None if overview else "rich").main(prog_name="veilmart", standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
     except BrokenPipeError:

@@ -8,9 +8,8 @@ import re
 from pathlib import Path
 
 import click
-import typer
 
-from nodes.command import build
+from nodes.command import program
 
 FOLDER = Path(__file__).parent.parent
 PAGES = [FOLDER / "README.md", *sorted((FOLDER / "docs").rglob("*.md"))]
@@ -20,7 +19,7 @@ WIDTH = 120
 
 def help_of(command: str) -> str:
     """Return the help of a command, as plain text of a fixed width."""
-    found = typer.main.get_command(build(None))
+    found = program(None)
     for word in command.split():
         found = found.commands[word]
     context = click.Context(found, info_name=f"veilmart {command}".strip(), max_content_width=WIDTH, terminal_width=WIDTH)

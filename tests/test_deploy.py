@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.test_documentation import accept
+from tests.command_line import accept
 
 DEPLOY = Path(__file__).parent.parent / "docs" / "deploy"
 UNITS = sorted(DEPLOY.glob("*.service"))

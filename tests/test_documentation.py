@@ -1,8 +1,10 @@
 """Documentation describes what is there: every command line shown is one that the program accepts, every file named exists."""
 
+import ast
 import contextlib
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -10,10 +12,21 @@ import pytest
 
 from tests.command_line import accept
 from tests.help_blocks import written
+from tests.transcripts import steps_in
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LINES = [(page, line) for page in PAGES for line in re.findall(r"(?:^(?:    \$ )?|`)(veilmart [^`\n]+)", page.read_text(), re.MULTILINE)]
+TYPED = re.compile(r"^```\w*\n\$ .*?^```", re.DOTALL | re.MULTILINE)  # a transcript: what is typed, and what is printed
+
+
+def lines_of(page: str) -> list[str]:
+    """Return the command lines that a page shows."""
+    typed = [step.typed for step in steps_in(page) if step.typed.startswith("veilmart")]
+    found = [*typed, *re.findall(r"(?:^(?:    \$ )?|`)(veilmart [^`\n]+)", TYPED.sub("", page), re.MULTILINE)]
+    return [re.sub(r" &$|; echo \$\?$", "", line) for line in found]
+
+
+LINES = [(page, line) for page in PAGES for line in lines_of(page.read_text())]
 
 
 @pytest.mark.parametrize("line", [line for _, line in LINES], ids=[f"{page.name}: {line[:60]}" for page, line in LINES])
@@ -21,7 +34,8 @@ def test_a_command_shown_is_one_that_the_program_accepts(line, monkeypatch):
     for name in ("VEILMART_MARKET", "VEILMART_CA"):
         monkeypatch.setenv(name, "x")  # a page may leave out what another line of it sets
     words = [word for word in shlex.split(line, comments=True)[1:] if word != "..."]
-    with contextlib.suppress(click.MissingParameter):  # a sentence may name a command without what it works on
+    # A sentence may name a command without what it works on; help and completion end where they are asked for.
+    with contextlib.suppress(click.MissingParameter, click.exceptions.Exit):
         accept(words)
 
 
@@ -58,3 +72,21 @@ def test_an_old_help_text_would_be_noticed():
     assert written(page) != page
     assert "--bundle" in written(page)
     assert written(written(page)) == written(page)
+
+
+PYTHON = [(page, code) for page in PAGES for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)]
+
+
+def unknown(code: str) -> list[str]:
+    """Return what a piece of Python imports that is not there."""
+    imported = [one for one in ast.walk(ast.parse(code)) if isinstance(one, ast.ImportFrom) and one.module]
+    return [f"{one.module}.{name.name}" for one in imported for name in one.names if not hasattr(import_module(one.module), name.name)]
+
+
+@pytest.mark.parametrize("code", [code for _, code in PYTHON], ids=[page.name for page, _ in PYTHON])
+def test_python_that_is_shown_imports_what_is_there(code):
+    assert unknown(code) == []
+
+
+def test_python_that_imports_what_is_not_there_would_be_noticed():
+    assert unknown("from protocol import Release, Frobnicator") == ["protocol.Frobnicator"]

@@ -20,6 +20,8 @@ PRINTED = [
 
 def test_ids_noise_and_blanks_may_differ():
     assert Likeness().differs(SHOWN, PRINTED) == ""
+    assert Likeness().differs(["1  1  21a9bbc82aa96de0  2"], ["1\t1\t6192f0a41cdb1a31\t2"]) == ""
+    assert Likeness().differs(["ward  1  ≈129  0.0187"], ["ward\t1\t-7\t0.0187"]) == ""
 
 
 WAYS_TO_DIFFER = {
@@ -27,6 +29,7 @@ WAYS_TO_DIFFER = {
     "another small number": (0, "published notes@aa00bb11 position 3, 796 bytes signed"),
     "a score far off": (1, "score 130.1 \u00b1 6.6 a tie"),
     "another id in one place": (3, "next: veilmart pull notes@aa00bb12"),
+    "another sign": (1, "score -92.5 ± 7.0  a tie"),
     "the same words for something else": (2, "the market is heron maple onyx fig"),
 }
 
@@ -41,6 +44,11 @@ def test_a_line_too_few_or_too_many_is_noticed_unless_left_out():
     assert Likeness().differs(SHOWN[:-1], PRINTED)
     assert Likeness().differs([*SHOWN[:1], "...", *SHOWN[3:]], PRINTED) == ""
     assert Likeness().differs([*SHOWN[:1], "...", "next: veilmart find"], PRINTED)
+
+
+def test_what_noise_decides_is_still_a_number():
+    assert Likeness().differs(["ward  1  ≈129  0.0187"], ["ward\t1\tmany\t0.0187"])
+    assert Likeness().differs(["ward  1  ≈129  0.0187"], ["ward\t2\t129\t0.0187"])
 
 
 def test_two_ids_are_never_one():

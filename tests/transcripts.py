@@ -8,14 +8,12 @@ so: `$ LINE; echo $?`.
 Everything has to be as it is shown but for
 * blanks, which count as one: what is a table here is separated by tabs there;
 * ids (eight hexadecimal digits or more), words of keys and dates: each stands for one value, wherever it is shown, in commands too;
-* numbers that noise or JSON's digits move: with a decimal point by a quarter or 0.3, above 1000 by a twentieth;
-* lines of progress, which come after some seconds or not at all.
+* numbers that noise or JSON's digits move: with a decimal point by a quarter or 0.3, above 1000 by a twentieth; and where the page has
+  a number behind "≈", which noise alone decides, any number.
 
 With VEILMART_RECORD=1 in the environment a page that shows something else is rewritten instead: read the difference before you commit it.
 """
 
-import contextlib
-import io
 import os
 import re
 import shlex
@@ -26,12 +24,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nodes.command import main
+from protocol.console import NO_PROGRESS
+from tests.command_line import typed
 
 DESK, HOME, MARKET = "/home/ana", "/home/ana/.local/share/veilmart", "127.0.0.1:7443"  # as the pages show them
-ID = r"(?<![\w.])[0-9a-f]{8,}(?!\w)|(?<![\w-])[a-z]+(?:-[a-z]+){3}(?![\w-])|\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d)?Z?"
-WORD = re.compile(rf"({ID}|\d+(?:[ ,]\d\d\d)*(?:\.\d+)?(?:e-\d+)?)")
-PROGRESS = re.compile(r"[a-z ]+ \d+/\d+(  \d+ s left)?")
+ID = r"(?<![\w.])[0-9a-f]{8,}(?!\w)|(?<![\w-])[a-z]+(?:-[a-z]+){3}(?![\w-])|\d{4}-\d\d-\d\d(?:T[\d:]+Z?)?|\d\d:\d\d(?::\d\d)?Z?"
+WORD = re.compile(rf"({ID}|\d+(?:,\d\d\d)*(?:\.\d+)?(?:e-\d+)?)")
 PATIENCE_S = 600.0
 
 
@@ -63,18 +61,12 @@ class Likeness:
 
     def same(self, shown: str, printed: str) -> bool:
         """Return whether a printed line is the one that is shown, as this file's first lines say; learn its ids where it is."""
-        wanted, got = (WORD.split(re.sub(r"\s+", " ", line).strip()) for line in (shown, printed))
-        if wanted[::2] != got[::2]:
-            return False
+        words, got = shown.split(), printed.split()
         learned = dict(self.real)
-        for one, other in zip(wanted[1::2], got[1::2], strict=True):
-            if re.fullmatch(ID, one) and re.fullmatch(ID, other):
-                if learned.setdefault(one, other) != other or list(learned.values()).count(other) > 1:
-                    return False
-            elif not _near(one, other):
-                return False
-        self.real = learned
-        return True
+        alike = len(words) == len(got) and all(_alike(one, other, learned) for one, other in zip(words, got, strict=True))
+        if alike:
+            self.real = learned
+        return alike
 
     def differs(self, shown: list[str], printed: list[str]) -> str:
         """Return the first shown line that is not printed in its place, or the first printed one too many; empty if all is as shown."""
@@ -100,10 +92,25 @@ class Likeness:
         return re.sub(ID, lambda found: self.real.get(found[0], found[0]), line)
 
 
+def _alike(shown: str, printed: str, real: dict[str, str]) -> bool:
+    if shown.startswith("≈"):
+        return bool(re.fullmatch(r"-?\d+(?:\.\d+)?", printed))
+    wanted, got = WORD.split(shown), WORD.split(printed)
+    if wanted[::2] != got[::2]:
+        return False
+    for one, other in zip(wanted[1::2], got[1::2], strict=True):
+        if re.fullmatch(ID, one) and re.fullmatch(ID, other):
+            if real.setdefault(one, other) != other or list(real.values()).count(other) > 1:
+                return False
+        elif not _near(one, other):
+            return False
+    return True
+
+
 def _near(shown: str, printed: str) -> bool:
     if re.fullmatch(ID, shown) or re.fullmatch(ID, printed):
         return shown == printed
-    one, other = (float(re.sub("[ ,]", "", text)) for text in (shown, printed))
+    one, other = (float(text.replace(",", "")) for text in (shown, printed))
     if "." in shown and "." in printed:
         return abs(one - other) <= max(0.25 * abs(one), 0.3)
     return one == other or (one >= 1000 and "." not in shown + printed and abs(one - other) <= 0.05 * one)
@@ -128,7 +135,7 @@ class Desk:
 
     def __init__(self, folder: Path, home: Path, market: str = MARKET) -> None:
         self._folder, self._home, self._market, self._likeness = folder, home, market, Likeness()
-        self._environment = {**os.environ, "VEILMART_HOME": str(home)}
+        self._environment = {**os.environ, "VEILMART_HOME": str(home), NO_PROGRESS: "1"}
         self._beside: list[subprocess.Popen[bytes]] = []
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -153,9 +160,6 @@ class Desk:
 
     def _type(self, step: Step) -> list[str]:
         line = self._likeness.typed(step.typed).replace(MARKET, self._market)
-        if line.startswith("export "):
-            self._environment.update(word.split("=", 1) for word in shlex.split(line)[1:])
-            return []
         if line == "kill %1":
             self._leave()
             return []
@@ -164,7 +168,7 @@ class Desk:
         command, _, asked = line.partition("; echo $")
         words = shlex.split(command, comments=True)
         if words[0] == "veilmart":
-            printed, code = self._veilmart(words[1:])
+            printed, code = typed(words[1:], self._folder, self._environment)  # here, where the libraries are loaded already
         else:
             done = subprocess.run(
                 ["bash", "-c", command], cwd=self._folder, env=self._environment, text=True,
@@ -173,23 +177,6 @@ class Desk:
             printed, code = done.stdout, done.returncode
         assert asked or code == 0, f"$ {step.typed}\nended with {code}:\n{printed}"
         return self._as_shown(printed + (f"{code}\n" if asked else ""))
-
-    def _veilmart(self, words: list[str]) -> tuple[str, int]:
-        """Run a command in this process, which has loaded the libraries already."""
-        out, before, kept = io.StringIO(), dict(os.environ), sys.argv
-        with contextlib.chdir(self._folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            try:
-                os.environ.clear()
-                os.environ.update(self._environment)
-                sys.argv = ["veilmart", *words]
-                main()
-            except SystemExit as end:
-                return out.getvalue(), int(end.code or 0)
-            finally:
-                sys.argv = kept
-                os.environ.clear()
-                os.environ.update(before)
-        raise AssertionError("the command line always exits")
 
     def _start(self, command: str, step: Step) -> list[str]:
         log = self._folder / f"beside-{len(self._beside)}.log"
@@ -205,7 +192,7 @@ class Desk:
     def _as_shown(self, text: str) -> list[str]:
         for real, shown in ((str(self._home), HOME), (str(self._folder), DESK), (self._market, MARKET)):
             text = text.replace(real, shown)
-        return [line for line in text.splitlines() if line.strip() and not PROGRESS.fullmatch(line.strip())]
+        return [line for line in text.splitlines() if line.strip()]
 
     def _leave(self) -> None:
         while self._beside:

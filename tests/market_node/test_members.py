@@ -382,18 +382,18 @@ class Killed(BaseException):
 
 
 def test_killed_between_enrolment_and_saving_the_same_command_finishes(market, capsys, monkeypatch):
-    from protocol import keys
+    from nodes import known_market
 
     address, _, folder = market
     where, _ = invite_file(capsys, folder)
-    real, owner = keys.write_durably, folder / "owner"
+    real, owner = known_market.write_durably, folder / "owner"
 
     def killed(path, *rest):
         if path.name == "market.toml":
             raise Killed
         real(path, *rest)
 
-    monkeypatch.setattr(keys, "write_durably", killed)
+    monkeypatch.setattr(known_market, "write_durably", killed)
     with pytest.raises(Killed):
         run(capsys, "node", "join", address, "--invite", where, "--home", str(owner))
     monkeypatch.undo()
