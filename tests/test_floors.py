@@ -20,7 +20,7 @@ ALLOWED = {
     },
     "market_node": {
         "market_node", "protocol", "numpy", "cryptography", "grpc", "grpc_health", "prometheus_client", "sqlalchemy", "alembic",
-        "typer", "platformdirs", "flwr", "starlette", "uvicorn",
+        "typer", "platformdirs", "flwr", "starlette", "uvicorn", "markupsafe",
     },
 }  # fmt: skip
 # What both web surfaces share stands in the protocol, where nothing else needs it.

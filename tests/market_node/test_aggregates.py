@@ -94,14 +94,14 @@ class Clock:
 def test_they_are_made_again_for_news_alone_and_seldom(monkeypatch):
     """Time passes where the work is done: 3 s a state."""
     clock, store = Clock(), InMemory()
-    made, real = [], Running.body
+    made, real = [], Running.made
 
     def slow(self, state):
         clock.now += 3.0
         made.append(state.size)
         return real(self, state)
 
-    monkeypatch.setattr(Running, "body", slow)
+    monkeypatch.setattr(Running, "made", slow)
     kept = Aggregates(store, MAP, MARKET, clock)
     store.kept = ENVELOPES[:5]
     first = kept.build(5, bytes(32), [], bytes(32))
