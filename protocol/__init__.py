@@ -42,4 +42,5 @@ __all__ = sorted(_HOME)  # computed, so that a name cannot be in one list only
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'protocol' has no attribute {name!r}")
-    return getattr(import_module(f"protocol.{_HOME[name]}"), name)
+    found = globals()[name] = getattr(import_module(f"protocol.{_HOME[name]}"), name)
+    return found

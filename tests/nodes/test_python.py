@@ -1,5 +1,6 @@
 """Owner and querier in Python: the path that the command line takes, against a real market."""
 
+import ast
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,11 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(tmp_path):
         nowhere.ask("hello", learnwares=["wool@00112233"])
     with pytest.raises(UsageError, match="--device"):
         Querier(home=tmp_path, device="abacus")
+
+
+def test_what_type_checkers_read_is_what_is_loaded():
+    read = [node for node in ast.walk(ast.parse(Path(nodes.__file__).read_text())) if isinstance(node, ast.ImportFrom)]
+    assert {one.names[0].name: one.module.removeprefix("nodes.") for one in read if one.module.startswith("nodes.")} == nodes._HOME
 
 
 def test_every_public_name_is_there_and_explains_itself():
