@@ -17,6 +17,7 @@ from nodes.base_model import BaseModel
 from nodes.commands.ui import OPENER, open_in_browser
 from nodes.finetune import Recipe
 from nodes.forecast import EPSILONS
+from nodes.journal import Journal
 from nodes.market import Market
 from nodes.owner import Owner
 from nodes.querier import Querier
@@ -442,6 +443,40 @@ def test_files_and_reports_are_audited(world):
         _, twin = world.local.work("audit", what="report", file=wrong)
         assert twin["job"]["error"]["code"] == "format"
     assert world.local.send("audit", what="everything").status_code == 400
+
+
+def test_a_new_home_has_pages_that_say_what_to_do_and_makes_nothing(tmp_path):
+    home = tmp_path / "home"
+    with Worker() as worker:
+        local = Local(Querier(home=home), worker)
+        for page in PAGES:
+            assert local.get(page).status_code == 200, page
+        assert "node join" in local.get("match").text
+        assert "no ledger yet" in local.get("ledger").text
+        assert local.send("match", file=b"{}").status_code == 400
+    assert not home.exists()
+
+
+def test_what_campaigns_asked_is_read_from_the_guards_journal(tmp_path):
+    journal = Journal(tmp_path / "node" / "journal.jsonl")
+    for number in range(60):
+        journal.append("order", number=number, code="<i>")
+    journal.close()
+    with Worker() as worker:
+        local = Local(Querier(home=tmp_path), worker)
+        lines, page = local.get("ledger.json").json()["journal"], local.get("ledger").text
+        assert [line["fields"]["number"] for line in lines] == list(range(59, 9, -1))  # the newest first
+        assert "&lt;i&gt;" in page
+        path = tmp_path / "node" / "journal.jsonl"
+        path.write_bytes(path.read_bytes().replace(b'"number": 7, "time"', b'"number": 8, "time"'))
+        assert "somebody or something changed it" in local.get("ledger").text
+
+
+def test_a_file_beyond_the_limit_is_refused_before_it_is_kept(world, monkeypatch):
+    monkeypatch.setattr("nodes.ui.application.MAX_FORM_BYTES", 1_000)
+    before = len(world.local.worker.jobs())
+    assert world.local.send("match", file=b"x" * 2_000).status_code == 413
+    assert len(world.local.worker.jobs()) == before
 
 
 def test_work_is_stopped_from_its_page_and_unknown_work_is_not_there(world):
