@@ -24,7 +24,7 @@ ALLOWED = {
     },
 }  # fmt: skip
 # What both web surfaces share stands in the protocol, where nothing else needs it.
-WEB = {"protocol/web": {"starlette", "jinja2", "markupsafe"}}
+WEB = {"protocol/web": {"starlette", "jinja2", "markupsafe"}, "nodes/ui": {"markupsafe"}, "market_node/page": {"markupsafe"}}
 # flwr is touched by one module a side, and by the grid.
 FLOWER = {"nodes/flower.py", "nodes/grid.py", "market_node/flower.py"}
 SLOW_TO_LOAD = (

@@ -33,10 +33,15 @@ svg { margin: .6rem 0; width: 27rem; } svg .bar { fill: var(--c1); }
 
 def page(report: Mapping[str, Any]) -> str:
     """Return the HTML page of a report that was read from its file."""
+    return document("Auditor's report", STYLE, body(report))
+
+
+def body(report: Mapping[str, Any]) -> str:
+    """Return what the page says, as markup that a page of another frame can hold; all text of the report is escaped."""
     summary = report["summary"]
     verdict = "A claim is refuted" if summary["refuted"] else "No claim is refuted"
     sections = "\n".join(_section(section) for section in report["sections"])
-    body = f"""<p>{escape(report["on"])}, veilmart {escape(report["version"])}, Python {escape(report["python"])}.
+    return f"""<p>{escape(report["on"])}, veilmart {escape(report["version"])}, Python {escape(report["python"])}.
 Drawn from report.json alone.</p>
 <p class="verdict {"present" if summary["refuted"] else "absent"}">{MARKS["present" if summary["refuted"] else "absent"]} {verdict}</p>
 <p>{escape(summary["claim"])}</p>
@@ -53,7 +58,6 @@ Drawn from report.json alone.</p>
 {"".join(_run(entry) for entry in report["results"])}</ul>
 <p>This page and its JSON are signed by nobody: <code>veilmart audit export --with report.json</code> puts the JSON beside the signed
 releases that it speaks of, under one fingerprint.</p>"""
-    return document("Auditor's report", STYLE, body)
 
 
 def _section(section: Mapping[str, Any]) -> str:

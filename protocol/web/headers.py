@@ -16,7 +16,8 @@ HEADERS = {
     "content-security-policy": POLICY,
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    "referrer-policy": "no-referrer",
+    # Not no-referrer: a browser then writes "null" for the origin of a form, and a page could not tell its own forms from others'.
+    "referrer-policy": "same-origin",
     "x-content-type-options": "nosniff",
 }
 

@@ -6,7 +6,7 @@ A kind is told by colour and shape, c1 to c5, so that neither has to be seen alo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -96,8 +96,19 @@ class Line:
     kind: str = "c1"
 
 
-def lines(series: Sequence[Line], title: str, x_label: str, y_label: str, width: int = 640, height: int = 300) -> Markup:
-    """Return series over common axes, each with its mark, and a legend; nothing where there is no place at all."""
+def lines(
+    series: Sequence[Line],
+    title: str,
+    x_label: str,
+    y_label: str,
+    width: int = 640,
+    height: int = 300,
+    x_ticks: Mapping[float, str] | None = None,
+) -> Markup:
+    """Return series over common axes, each with its mark, and a legend; nothing where there is no place at all.
+
+    x_ticks: what stands below which places, where these are not the numbers themselves (of a logarithm, say).
+    """
     places = [place for line in series for place in line.places]
     if not places:
         return Markup("")
@@ -117,8 +128,9 @@ def lines(series: Sequence[Line], title: str, x_label: str, y_label: str, width:
             tag("path", class_="grid", d=f"M{left} {y(value):.1f}H{width - right}"),
             text(left - 8, y(value) + 4, f"{value:g}", anchor="end"),
         ]
-    for value in ticks(x_low, x_high):
-        parts += [tag("path", class_="grid", d=f"M{x(value):.1f} {top}V{floor}"), text(x(value), floor + 18, f"{value:g}", anchor="middle")]
+    below = x_ticks if x_ticks is not None else {value: f"{value:g}" for value in ticks(x_low, x_high)}
+    for value, words in below.items():
+        parts += [tag("path", class_="grid", d=f"M{x(value):.1f} {top}V{floor}"), text(x(value), floor + 18, words, anchor="middle")]
     parts += [text((left + width - right) / 2, floor + 36, x_label, anchor="middle"), text(0, 14, y_label)]
     here = float(left)
     for line in series:
