@@ -22,6 +22,7 @@ COMMANDS = {" ".join(words): found for words, found in commands_of(ROOT)}
 
 def accept(words: list[str]) -> click.Context:
     """Parse a command line as the program does, without running it; raise click's own error where it would."""
+    assert "--install-completion" not in words, "parsing it changes the files of your shell"
     found, context = ROOT, None
     while isinstance(found, click.Group):
         context = found.make_context(found.name or "veilmart", list(words), parent=context)
