@@ -20,12 +20,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from protocol.errors import FeatureNormError, FormatError, IncompatibleSpecification
+
+if TYPE_CHECKING:
+    from protocol.hazmat.seal import SealKey
 
 SEED_BYTES: Final = 64
 MAX_QUERY_NORM: Final = 2.0
