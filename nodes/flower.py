@@ -65,6 +65,16 @@ def train(message: Message, context: Context) -> Message:
     return Message(RecordDict(), reply_to=message)
 
 
+@client.query("cohort")  # type: ignore[untyped-decorator]
+@sanitised
+def cohort(message: Message, context: Context) -> Message:
+    """Pass on a step of a cohort's round and answer this owner's message, or an empty one: not yet, or never."""
+    ask = message.content["request"].get("ask")
+    if not isinstance(ask, bytes):
+        raise FormatError("ask: expected bytes")
+    return Message(RecordDict({"cohort": ConfigRecord({"answer": guard_of(context).take_part(ask)})}), reply_to=message)
+
+
 @client.query("specify")  # type: ignore[untyped-decorator]
 @sanitised
 def specify(message: Message, context: Context) -> Message:

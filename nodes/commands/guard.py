@@ -123,7 +123,7 @@ def node_up(
     def make() -> Guard:
         return Guard(
             folder, data, card, open_model(home, base), open_map(which_map), operating_system(),
-            policy=limits, recipe=recipe, claims=claims_of(home),
+            policy=limits, recipe=recipe, claims=claims_of(home), cohort=owner_policy.cohort,
         )  # fmt: skip
 
     stop = threading.Event()
@@ -140,6 +140,7 @@ def node_up(
         desk = Desk(
             journal, owner_policy.service, ledger.released, worker.hand_over,
             schedule=owner_policy.schedule, delta=limits.budget.delta,
+            take_part=worker.take_part if owner_policy.cohort is not None else None,
         )  # fmt: skip
         worker.listen(desk.outcome)
         desk.resume()
@@ -290,6 +291,10 @@ def node_policy(
         "relay": policy.relay and {
             "askers": sorted(key.hex() for key in policy.relay.askers), "questions_per_hour": policy.relay.questions_per_hour,
             "longest_question": policy.relay.longest_question, "most_tokens": policy.relay.most_tokens,
+        },
+        "cohort": policy.cohort and {
+            "name": policy.cohort.name, "members": sorted(key.hex() for key in policy.cohort.members), "colluders": policy.cohort.colluders,
+            "rounds": policy.cohort.rounds, "minimum_units": policy.cohort.minimum_units,
         },
         "schedule": schedule and {"first": schedule.first.isoformat(), "every_days": schedule.every.days, "epsilon": schedule.epsilon},
     }  # fmt: skip
