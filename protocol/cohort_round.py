@@ -132,7 +132,10 @@ class Cohort:
             guarantee = Guarantee(parse_decimal(epsilon, "cohort.epsilon"), parse_decimal(delta, "cohort.delta"))
         except UsageError as error:
             raise FormatError(f"cohort: {error}") from None
-        return cls(*ids[:4], dimension, guarantee, name, tuple(ids[4:]), dropouts, colluders, bool(simulated))
+        market_key, round_id, map_id, base_model, *members = ids
+        return cls(
+            market_key, round_id, map_id, base_model, dimension, guarantee, name, tuple(members), dropouts, colluders, bool(simulated)
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

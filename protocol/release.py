@@ -20,7 +20,7 @@ from protocol.claims import SIGNATURE_BYTES as SIGNATURE_BYTES
 from protocol.claims import AdapterReference as AdapterReference
 from protocol.claims import Card as Card
 from protocol.claims import Claims, open_claims, parse_claims
-from protocol.claims import CohortSeal as CohortSeal
+from protocol.cohort import CohortSeal as CohortSeal
 from protocol.specification import Specification
 
 if TYPE_CHECKING:
