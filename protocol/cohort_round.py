@@ -315,6 +315,23 @@ def _require_agreement(roster: Roster, inputs: MaskedInputs, agreed: Sequence[by
 # One member's side --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Secrets:
+    """What opens a member's masked numbers; given up as soon as the round needs it no more."""
+
+    channel: X25519PrivateKey
+    mask: X25519PrivateKey
+    self_mask: bytes
+    held: dict[bytes, tuple[bytes, bytes]]  # by dealer: our share of its self-mask, of its mask key
+
+    @classmethod
+    def fresh(cls) -> _Secrets:
+        """Return secrets that no other round has."""
+        from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+        return cls(X25519PrivateKey.generate(), X25519PrivateKey.generate(), secrets.token_bytes(SECRET_BYTES), {})
+
+
 class Member:
     """A member's side of one round: a step is answered once, and after anything that does not fit nothing is answered any more.
 
@@ -322,22 +339,14 @@ class Member:
     """
 
     def __init__(self, cohort: Cohort, key: Ed25519PrivateKey) -> None:
-        from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-
         self.cohort, self._key = cohort, key
         self.public = key.public_key().public_bytes_raw()
         if self.public not in cohort.members:
             raise CohortAborted("cohort: this owner is not one of its members")
-        self._channel, self._mask, self._self_mask = (
-            X25519PrivateKey.generate(),
-            X25519PrivateKey.generate(),
-            secrets.token_bytes(SECRET_BYTES),
-        )
+        self._secrets: _Secrets | None = _Secrets.fresh()
         self._answers: dict[Step, tuple[bytes, bytes]] = {}  # digest of the question, answer
         self._roster: Roster | None = None
-        self._held: dict[bytes, tuple[bytes, bytes]] = {}  # by dealer: our share of its self-mask, of its mask key
         self._inputs: MaskedInputs | None = None
-        self._over = False
 
     def advertise(self) -> bytes:
         """Return our signed ephemeral keys."""
@@ -365,72 +374,81 @@ class Member:
 
     def _once(self, step: Step, parts: Sequence[bytes], answer: Callable[[], bytes]) -> bytes:
         question = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
-        if step in self._answers and self._answers[step][0] == question and not self._over:
+        if step in self._answers and self._answers[step][0] == question:
             return self._answers[step][1]
         before = list(Step)[: list(Step).index(step)]
-        if self._over or step in self._answers or any(earlier not in self._answers for earlier in before):
-            self._over = True
+        if step in self._answers or any(earlier not in self._answers for earlier in before):
+            self._give_up()
             raise CohortAborted(f"cohort: asked to {step} twice over different messages, or out of order")
         try:
             said = answer()
         except BaseException:
-            self._over = True  # whatever did not fit: this round gets nothing more from us
+            self._give_up()  # whatever did not fit: this round gets nothing more from us
             raise
         self._answers[step] = (question, said)
         return said
+
+    def _give_up(self) -> None:
+        self._secrets, self._answers = None, {}
+
+    @property
+    def _mine(self) -> _Secrets:
+        if self._secrets is None:
+            raise CohortAborted("cohort: this member has given that round up")
+        return self._secrets
 
     def _say(self, step: Step, content: bytes) -> bytes:
         return _say(self.cohort, step, self._key, content)
 
     def _advertise(self) -> bytes:
-        public = [private.public_key().public_bytes_raw() for private in (self._channel, self._mask)]
-        return self._say(Step.ADVERTISE, b"".join((*public, _commitment(self.cohort, self.public, self._self_mask))))
+        public = [private.public_key().public_bytes_raw() for private in (self._mine.channel, self._mine.mask)]
+        return self._say(Step.ADVERTISE, b"".join((*public, _commitment(self.cohort, self.public, self._mine.self_mask))))
 
     def _share(self, adverts: Sequence[bytes]) -> bytes:
         if self._answers[Step.ADVERTISE][1] not in adverts:
             raise CohortAborted("cohort: other keys are shown as ours, or none")
         roster = self._roster = Roster.of(self.cohort, adverts)
         threshold, count = self.cohort.resilience.threshold, len(self.cohort.members)
-        of_self_mask = split(self._self_mask, threshold, count)
-        of_mask_key = split(self._mask.private_bytes_raw(), threshold, count)
+        of_self_mask = split(self._mine.self_mask, threshold, count)
+        of_mask_key = split(self._mine.mask.private_bytes_raw(), threshold, count)
         boxes = []
         for other in roster.keys:
             place = roster.place(other)
             if other == self.public:
-                self._held[other] = of_self_mask[place], of_mask_key[place]
+                self._mine.held[other] = of_self_mask[place], of_mask_key[place]
             else:
-                key = roster.box_key(self._channel, other, self.public, other)
+                key = roster.box_key(self._mine.channel, other, self.public, other)
                 boxes.append(close_box(key, of_self_mask[place] + of_mask_key[place], roster.digest + self.public + other))
         return self._say(Step.SHARE, roster.digest + b"".join(boxes))
 
     def _masked(self, boxes: Sequence[bytes], contribute: Callable[[], Sequence[int]]) -> bytes:
-        roster = self._known_roster()
+        roster, held = self._known_roster(), self._mine.held
         for part in boxes:
             dealer, box = part[:ID_BYTES], part[ID_BYTES:]
-            if dealer not in roster.keys or dealer in self._held:
+            if dealer not in roster.keys or dealer in held:
                 raise CohortAborted("cohort: expected one box of each other member who advertised")
-            content = open_box(roster.box_key(self._channel, dealer, dealer, self.public), box, roster.digest + dealer + self.public)
+            content = open_box(roster.box_key(self._mine.channel, dealer, dealer, self.public), box, roster.digest + dealer + self.public)
             if content is None or len(content) != 2 * SHARE_BYTES:
                 raise CohortAborted("cohort: a box does not open: its dealer was shown other keys than we were")
-            self._held[dealer] = content[:SHARE_BYTES], content[SHARE_BYTES:]
-        if len(self._held) < self.cohort.resilience.least_survivors:
-            raise CohortAborted(f"cohort: expected {self.cohort.resilience.least_survivors} dealers, got {len(self._held)}")
-        total = stream(self._self_mask, self.cohort.dimension + 1)
-        for other in self._held:
+            held[dealer] = content[:SHARE_BYTES], content[SHARE_BYTES:]
+        if len(held) < self.cohort.resilience.least_survivors:
+            raise CohortAborted(f"cohort: expected {self.cohort.resilience.least_survivors} dealers, got {len(held)}")
+        total = stream(self._mine.self_mask, self.cohort.dimension + 1)
+        for other in held:
             if other != self.public:
-                total = total + roster.pair_mask(self._mask, self.public, other)
+                total = total + roster.pair_mask(self._mine.mask, self.public, other)
         numbers = contribute()
         if len(numbers) != len(total):
             raise CohortAborted(f"cohort: expected {len(total)} numbers, got {len(numbers)}")
         total = total + np.array([number % (1 << 32) for number in numbers], np.uint32)
-        return self._say(Step.MASK, roster.digest + _dealers_digest(roster, self._held) + total.astype("<u4").tobytes())
+        return self._say(Step.MASK, roster.digest + _dealers_digest(roster, held) + total.astype("<u4").tobytes())
 
     def _agree(self, masked: Sequence[bytes]) -> bytes:
         roster = self._known_roster()
         if self._answers[Step.MASK][1] not in masked:
             raise CohortAborted("cohort: our numbers are not on the list of survivors, or others are shown as ours")
         self._inputs = MaskedInputs.of(roster, masked)
-        if not set(self._inputs.words) <= set(self._held):
+        if not set(self._inputs.words) <= set(self._mine.held):
             raise CohortAborted("cohort: a survivor of whose masks nobody gave us a share")
         return self._say(Step.AGREE, self._inputs.digest)
 
@@ -438,8 +456,10 @@ class Member:
         assert self._inputs is not None
         _require_agreement(self._known_roster(), self._inputs, agreed)
         # Either share of one member is harmless; both together would open its masked numbers.
-        shares = [self._held[dealer][0 if dealer in self._inputs.words else 1] for dealer in sorted(self._held)]
-        return self._say(Step.REVEAL, self._inputs.digest + b"".join((*sorted(self._held), *shares)))
+        held = self._mine.held
+        shares = [held[dealer][0 if dealer in self._inputs.words else 1] for dealer in sorted(held)]
+        self._secrets = None  # who takes this machine over later finds nothing that opens what was recorded
+        return self._say(Step.REVEAL, self._inputs.digest + b"".join((*sorted(held), *shares)))
 
     def _known_roster(self) -> Roster:
         assert self._roster is not None

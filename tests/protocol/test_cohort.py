@@ -175,13 +175,14 @@ def test_control_shares_that_forget_the_colluders_leave_too_little():
 def test_four_colluders_with_the_superlink_hold_too_few_shares_of_anybody():
     """What they hold together of an honest member is below the threshold, and of each member at most one kind is ever revealed."""
     carrier = ten(lost={"mask": {NAMES[9]}})
+    secrets = {name: member._secrets for name, member in carrier.members.items()}
     transcript = carrier.transcript()
     threshold = carrier.cohort.resilience.threshold
     assert 4 < threshold == 8
     for message in transcript.revealed:
         content = message[-64 - 10 * 66 : -64]
         sender = next(name for name in NAMES if name in message[:100])
-        held = carrier.members[sender]._held
+        held = secrets[sender].held
         for place, dealer in enumerate(NAMES):
             share = content[place * 66 : (place + 1) * 66]
             self_mask, mask_key = held[dealer]
@@ -336,6 +337,17 @@ def test_the_same_question_again_gets_the_same_bytes_and_another_one_nothing():
         member.mask(boxes[NAMES[0]][:-1], lambda: numbers(NAMES[0]))
     with pytest.raises(CohortAborted):  # nor the first one, from then on
         member.mask(boxes[NAMES[0]], lambda: numbers(NAMES[0]))
+
+
+def test_a_member_keeps_no_secret_of_a_round_that_is_over():
+    """Whoever takes its machine over later finds nothing that opens what a SuperLink recorded."""
+    done = ten(lost={"mask": {NAMES[9]}})
+    done.transcript()
+    assert [member._secrets for member in done.members.values()][:9] == [None] * 9
+    assert done.members[NAMES[9]]._secrets is not None, "one that may still be asked goes on"
+    with pytest.raises(CohortAborted):
+        done.members[NAMES[9]].agree([])
+    assert done.members[NAMES[9]]._secrets is None
 
 
 def test_steps_out_of_order_end_a_round():
