@@ -15,6 +15,7 @@ from nodes import guard as guards
 from nodes.cohort import CohortRules, Rounds
 from nodes.flower import client
 from nodes.ledger import Budget, Ledger, Origin
+from nodes.market_client import MarketClient
 from protocol import cohort_round
 from protocol.errors import CohortAborted, Unauthorised
 from protocol.hazmat.noise import NoiseSource, operating_system
@@ -109,6 +110,8 @@ def test_a_campaign_brings_one_release_that_all_signed(tmp_path, market):
     assert release.signers == tuple(map(public, KEYS))
     assert {node["release_id"] for node in account["nodes"]} == {release.release_id.hex()}
     assert [[entry.origin for entry in owner.ledger.entries()].count(Origin.COHORT) for owner in there] == [1] * 5
+    with MarketClient(address, ca, tmp_path / "asking") as asking:  # each of them is reminded of it, whoever published
+        assert all(asking.releases_of([public(owner)], MAP) == [envelope] for owner in KEYS)
     plan = json.loads((tmp_path / "campaigns" / account["campaign"] / "plan.json").read_text())
     assert plan["cohort"]["name"] == account["cohort"] == "joint"
 
