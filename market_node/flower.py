@@ -355,13 +355,19 @@ class CohortRun(Run):
         return any(result.key == asked.key and result.outcome in (Outcome.KEPT, *SETTLED) for result in self._earlier)
 
     def _round(self) -> list[NodeResult]:
+        import grpc
+
         assert self._plan.cohort is not None
-        lines = {node: NodeResult(node, Outcome.MISSING, name=asked.name, key=asked.key) for node, asked in self._asked.items()}
+        lines = {
+            node: NodeResult(node, Outcome.MISSING, "", "" if asked.owner else "registered for no owner", asked.name, asked.key)
+            for node, asked in self._asked.items()
+        }
         try:
             market_key = self._market_key or bytes(self._stub.Describe(pb.DescribeRequest(), timeout=CALL_TIMEOUT_S).market_key)
             cohort = self._plan.cohort.cohort(market_key, self._plan.epsilon, self._plan.delta, list(self._nodes))
             envelope = convene(cohort, self._exchange)
-        except VeilmartError as error:
+        except (VeilmartError, grpc.RpcError) as raised:
+            error = raised if isinstance(raised, VeilmartError) else error_from_status(raised)
             log.warning("cohort failed code=%s", error.code)
             return [replace(line, outcome=Outcome.FAILED.value, reason=str(error)[:200]) for line in lines.values()]
         release = open_envelope(envelope)
