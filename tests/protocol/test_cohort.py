@@ -31,6 +31,8 @@ from protocol.hazmat.noise import NoiseSource, operating_system
 from protocol.privacy import MAX_UNITS, NORM_SQUARED, Guarantee, PrivacyUnit, noise_variance
 from protocol.release import Card, open_envelope, sign_release
 from protocol.specification import BoundedVectors, quantise
+from protocol.transparency import Checkpoint, Receipt, leaf_hash, origin_of, sign_checkpoint
+from protocol.verify import verify_receipt
 from tests.protocol.cohorts import ONE, Carrier, carrier_of, cohort_of, owners, public, release_from, sealed_by
 from tests.protocol.worlds import ADAPTER, features
 
@@ -513,6 +515,22 @@ def test_a_cohorts_release_that_its_survivors_did_not_sign_is_refused(released, 
     open_envelope(forged(released))
     with pytest.raises((FormatError, InvalidSignature)):
         open_envelope(forged(released, **cheat(released[0])))
+
+
+def test_an_auditor_with_a_file_alone_sees_who_released_together(released, tmp_path):
+    def verified(envelope: bytes):
+        market = KEYS[9]
+        note = sign_checkpoint(Checkpoint(origin_of(public(market)), 1, leaf_hash(envelope), bytes(32)), market)
+        file = tmp_path / "joint.receipt"
+        file.write_bytes(Receipt(envelope, public(market), 0, note, ()).to_bytes())
+        return verify_receipt(file)
+
+    result, lines = verified(released[2])
+    assert result["signers"] == [survivor.hex() for survivor in released[0].cohort.survivors]
+    assert "signed by 8 of 10 owners" in "".join(lines)
+    for cheat in ("a survivor's signature is another one", "the noise of ten"):
+        with pytest.raises((FormatError, InvalidSignature)):
+            verified(forged(released, **WAYS_TO_CHEAT[cheat](released[0])))
 
 
 def test_nobody_else_publishes_a_cohorts_release(released):
