@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from market_node.options import Home, Json, Quiet
 from protocol import console
 from protocol.errors import CampaignFailed, MarketUnreachable, UsageError
+
+if TYPE_CHECKING:
+    from market_node.campaigns import CohortPlan
 
 
 def campaign_run(
@@ -30,6 +33,12 @@ def campaign_run(
         float | None,
         typer.Option("--epsilon-adapter", min=0.0, help="Largest epsilon of an adapter.", show_default="as each owner's policy makes it"),
     ] = None,
+    cohort: Annotated[
+        str | None, typer.Option("--cohort", metavar="NAME", help="Let the nodes release one specification of this name together.")
+    ] = None,
+    dropouts: Annotated[int, typer.Option("--dropouts", min=0, help="With --cohort: nodes that may go missing.")] = 0,
+    colluders: Annotated[int, typer.Option("--colluders", min=0, help="With --cohort: nodes that may tell others what they know.")] = 1,
+    which_map: Annotated[str, typer.Option("--map", envvar="VEILMART_MAP", help="With --cohort: the market's feature map.")] = "kme-lin-96",
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds after which open nodes are missing.")] = 600.0,
     at_least: Annotated[int, typer.Option("--at-least", min=0, help="Fail with fewer published releases than this.")] = 1,
     resume: Annotated[str | None, typer.Option("--resume", metavar="ID", help="Go on with a campaign: only open nodes are asked.")] = None,
@@ -65,7 +74,8 @@ def campaign_run(
         key = "" if ca is not None else signing_key(market_home / "market.key").public_key().public_bytes_raw().hex()  # our own market's
         authority = str((ca or market_home / "ca.crt").resolve())
         most = "" if epsilon_adapter is None else repr(epsilon_adapter)
-        plan = Plan(market, authority, repr(epsilon), repr(delta), timeout, asked_of(chosen), key, most)
+        together = None if cohort is None else _together(cohort, which_map, len(chosen), dropouts, colluders)
+        plan = Plan(market, authority, repr(epsilon), repr(delta), timeout, asked_of(chosen), key, most, together)
         campaign = Campaign.create(campaigns_of(market_home), plan)
     _renew_courier(market_home)
     progress = console.ProgressLine(not (as_json or quiet))
@@ -127,6 +137,21 @@ def campaign_show(
     from market_node.campaigns import Campaign, campaigns_of
 
     _show(Campaign.open(campaigns_of(home / "market") / _id(campaign_id)).account(), as_json, quiet=False)
+
+
+def _together(name: str, which_map: str, members: int, dropouts: int, colluders: int) -> CohortPlan:
+    """Return the plan of a cohort; raise UsageError where so few nodes cannot keep its promise."""
+    from market_node.campaigns import CohortPlan
+    from protocol.cohort import Resilience
+    from protocol.errors import FormatError
+    from protocol.features import open_map
+
+    try:
+        Resilience(members, dropouts, colluders)
+    except FormatError as error:
+        raise UsageError(f"--cohort: {error}", hint="register more nodes, or make it for fewer --dropouts or --colluders") from None
+    feature_map = open_map(which_map)
+    return CohortPlan(name, feature_map.map_id.hex(), feature_map.base_model, feature_map.dimension, dropouts, colluders)
 
 
 def _renew_courier(market_home: Path) -> None:

@@ -13,20 +13,24 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from market_node.superlink import LINK, RegisteredNode, flwr
+from protocol.claims import NAME
 from protocol.codec import parse_decimal, parse_limit
 from protocol.errors import CampaignFailed, FormatError, MarketUnreachable, NotFound, UsageError
 from protocol.keys import write_durably
 from protocol.release import open_envelope
 from protocol.transparency import Receipt
+
+if TYPE_CHECKING:
+    from protocol.cohort_round import Cohort
 
 ACCOUNT_SCHEMA = "veilmart.campaign/1"
 
@@ -35,6 +39,7 @@ class Outcome(StrEnum):
     """What became of one node in a campaign."""
 
     PUBLISHED = "published"
+    JOINED = "joined"  # its records are in the cohort's release, which another node published
     KEPT = "kept"  # its envelope is here; the market did not answer yet
     NOT_AVAILABLE = "not available"
     BUSY = "busy"  # another campaign was asking it all the time
@@ -48,7 +53,7 @@ ASK_S = 10.0  # at Flower, which costs a process of two seconds
 SLACK_S = 120.0  # for the start and the end of a run
 TRIES = 3  # a run that Flower lost is submitted again
 
-SETTLED = frozenset({Outcome.PUBLISHED, Outcome.REFUSED})  # a campaign that goes on does not touch these again
+SETTLED = frozenset({Outcome.PUBLISHED, Outcome.JOINED, Outcome.REFUSED})  # a campaign that goes on does not touch these again
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,34 @@ class Asked:
     key: str
     name: str = ""
     owner: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CohortPlan:
+    """What a campaign asks its nodes to release together, instead of one specification each."""
+
+    name: str  # of the learnware
+    map_id: str  # hexadecimal, as the next
+    base_model: str  # that the map was fitted with
+    dimension: int
+    dropouts: int
+    colluders: int
+    simulated: bool = False
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise UsageError("cohort: expected a name of 1 to 63 of a-z, 0-9, '.', '_', '-' beginning with a letter or digit")
+
+    def cohort(self, market_key: bytes, epsilon: str, delta: str, members: Sequence[bytes]) -> Cohort:
+        """Return the parameters of a new round; raise FormatError or UsageError for members or numbers that make none."""
+        from protocol.cohort_round import Cohort
+        from protocol.privacy import Guarantee
+
+        guarantee = Guarantee(parse_decimal(epsilon, "epsilon"), parse_decimal(delta, "delta"))
+        return Cohort(
+            market_key, secrets.token_bytes(32), bytes.fromhex(self.map_id), bytes.fromhex(self.base_model), self.dimension, guarantee,
+            self.name, tuple(sorted(members)), self.dropouts, self.colluders, self.simulated,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +105,7 @@ class Plan:
     nodes: tuple[Asked, ...] = ()  # none: every connected node
     market_key: str = ""  # the key that signs receipts, in hexadecimal; "": whichever the market names
     epsilon_adapter: str = ""  # the largest that an adapter may have; "": whatever each owner's policy makes
+    cohort: CohortPlan | None = None  # None: each node releases its own
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "delta"):
@@ -128,7 +162,8 @@ class Campaign:
             raise FormatError(f"{folder}/plan.json: expected JSON") from None
         try:
             made, schema, nodes = value.pop("made"), value.pop("schema"), value.pop("nodes")
-            plan = Plan(**value, nodes=tuple(Asked(**node) for node in nodes))
+            cohort = value.pop("cohort", None)
+            plan = Plan(**value, nodes=tuple(Asked(**node) for node in nodes), cohort=cohort and CohortPlan(**cohort))
         except (KeyError, TypeError):
             raise FormatError(f"{folder}/plan.json: expected the plan of a campaign") from None
         if schema != "veilmart.campaign-plan/1":
@@ -173,6 +208,7 @@ class Campaign:
         return {
             "schema": ACCOUNT_SCHEMA, "campaign": self.campaign_id, "made": self.made, "epsilon": self.plan.epsilon,
             "delta": self.plan.delta, "epsilon_adapter": self.plan.epsilon_adapter,
+            "cohort": self.plan.cohort.name if self.plan.cohort else "",
             "state": self.noted().get("state", "planned"), "cause": self.noted().get("cause", ""),
             "counts": counts, "nodes": [shown(result) for result in results],
         }  # fmt: skip

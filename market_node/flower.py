@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from market_node.authority import COURIER_FILE
 from market_node.campaigns import SETTLED, Asked, Campaign, Claims, NodeResult, Outcome, Plan, market_home_of, shown
+from market_node.cohort import convene
 from protocol.channel import CALL_TIMEOUT_S, connect, error_from_status
+from protocol.cohort_round import Step
 from protocol.errors import FormatError, MarketUnreachable, QuotaExceeded, Unauthorised, UsageError, VeilmartError
 from protocol.keys import read_secret
 from protocol.release import Release, open_envelope
@@ -37,6 +39,7 @@ SLOW_AGAIN_S = 30.0  # at most, where an answer takes long: every question to a 
 LOST = frozenset({3, 4, 5, 8})  # Flower's own errors: the message or reply, the node or its process was lost; asking again is harmless
 EXCHANGE_S = 180.0  # a message that is not answered by then is sent anew; on a machine under load a process starts in a minute
 SPECIFY = f"{MessageType.QUERY}.specify"
+COHORT = f"{MessageType.QUERY}.cohort"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +72,16 @@ def asked_in(keys: str) -> tuple[Asked, ...]:
     return tuple(Asked(key) for key in dict.fromkeys(parsed))
 
 
-def envelope_in(reply: Message) -> bytes:
-    """Return the envelope in a node's answer, empty for "not available"; raise FormatError for any other answer.
+def bytes_in(reply: Message, record: str, name: str) -> bytes:
+    """Return the bytes in a node's answer, empty for "not available"; raise FormatError for any other answer.
 
     A stranger wrote it: the record may be missing, and bytes() of an integer would ask for that many zeros.
     """
-    record = reply.content.get("release")
-    envelope = record.get("envelope") if isinstance(record, ConfigRecord) else None
-    if not isinstance(envelope, bytes):
-        raise FormatError("answer: expected a record 'release' with the bytes 'envelope'")
-    return envelope
+    found = reply.content.get(record)
+    value = found.get(name) if isinstance(found, ConfigRecord) else None
+    if not isinstance(value, bytes):
+        raise FormatError(f"answer: expected a record {record!r} with the bytes {name!r}")
+    return value
 
 
 @dataclass(slots=True)
@@ -167,13 +170,18 @@ class Run:
                 self._claims.release(course.asked.key or str(node))
                 done.append(course.result)
                 log.info("node=%s outcome=%s release=%s", node, course.result.outcome, course.result.release_id[:16])
-            pause = POLL_MIN_S if moved else min(2 * pause, POLL_MAX_S)
             if self._courses:
-                time.sleep(max(0.0, min(pause, self._end - time.monotonic())))
+                pause = self._one_pass(pause, moved, self._end)
         for course in self._courses.values():
             self._record(course.result)
             done.append(course.result)
         return done
+
+    def _one_pass(self, pause: float, moved: int, until: float) -> float:
+        """Wait before the next look where nothing moved, a little longer each time; return that pause."""
+        pause = POLL_MIN_S if moved else min(2 * pause, POLL_MAX_S)
+        time.sleep(max(0.0, min(pause, until - time.monotonic())))
+        return pause
 
     def _has_end(self, course: Course) -> bool:
         return course.ended or course.result.outcome in SETTLED
@@ -241,7 +249,7 @@ class Run:
             course.requested = True
             return
         try:
-            envelope = envelope_in(reply)
+            envelope = bytes_in(reply, "release", "envelope")
             if not envelope:
                 course.result = replace(course.result, outcome=Outcome.NOT_AVAILABLE.value, reason="")
                 course.later(time.monotonic(), time.monotonic() - course.sent)
@@ -311,6 +319,98 @@ class Run:
         return receipt
 
 
+class CohortRun(Run):
+    """One round of a cohort over the nodes of a grid, and the publication of what it gives.
+
+    A campaign that goes on publishes what it kept; where nothing was kept it begins another round, which its members charge anew.
+    """
+
+    def __init__(self, *how: Any) -> None:
+        super().__init__(*how)
+        self._nodes: dict[bytes, int] = {}  # by the owner's key
+        self._asked: dict[int, Asked] = {}
+        self._asks: dict[int, bytes] = {}
+        self._answers: dict[int, bytes] = {}
+
+    def results(self) -> list[NodeResult]:
+        """Run the round and return each node's line."""
+        if any(result.outcome in (Outcome.KEPT, Outcome.PUBLISHED) for result in self._earlier):
+            self._plan = replace(self._plan, nodes=tuple(asked for asked in self._plan.nodes if self._is_kept(asked)))
+            return super().results()
+        selection = selected_nodes(self._grid, self._plan.nodes)
+        done = [NodeResult(0, Outcome.MISSING, "", "not connected", asked.name, asked.key) for asked in selection.absent]
+        self._asked = selection.nodes
+        self._nodes = {bytes.fromhex(asked.owner): node for node, asked in selection.nodes.items() if asked.owner}
+        if self._campaign is not None:
+            self._campaign.note(asked=len(selection.nodes) + len(done), asked_at=time.time())
+        try:
+            done += self._round()
+        finally:
+            self._claims.close()
+        for result in done:
+            self._record(result)
+        return sorted(done, key=lambda result: (result.node_id, result.name))
+
+    def _is_kept(self, asked: Asked) -> bool:
+        return any(result.key == asked.key and result.outcome in (Outcome.KEPT, *SETTLED) for result in self._earlier)
+
+    def _round(self) -> list[NodeResult]:
+        import grpc
+
+        assert self._plan.cohort is not None
+        lines = {
+            node: NodeResult(node, Outcome.MISSING, "", "" if asked.owner else "registered for no owner", asked.name, asked.key)
+            for node, asked in self._asked.items()
+        }
+        try:
+            market_key = self._market_key or bytes(self._stub.Describe(pb.DescribeRequest(), timeout=CALL_TIMEOUT_S).market_key)
+            cohort = self._plan.cohort.cohort(market_key, self._plan.epsilon, self._plan.delta, list(self._nodes))
+            envelope = convene(cohort, self._exchange)
+        except (VeilmartError, grpc.RpcError) as raised:
+            error = raised if isinstance(raised, VeilmartError) else error_from_status(raised)
+            log.warning("cohort failed code=%s", error.code)
+            return [replace(line, outcome=Outcome.FAILED.value, reason=str(error)[:200]) for line in lines.values()]
+        release = open_envelope(envelope)
+        for owner, node in self._nodes.items():
+            if owner in release.signers:
+                lines[node] = replace(lines[node], outcome=Outcome.JOINED.value, release_id=release.release_id.hex(), owner=owner.hex())
+        publisher = self._nodes[release.owner]
+        course = Course(self._asked[publisher], result=lines.pop(publisher))
+        self._courses = {publisher: course}
+        self._settle(course, Outcome.KEPT, envelope=envelope.hex())
+        return [*lines.values(), *self._all_ends()]
+
+    def _exchange(self, step: Step, asks: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+        """Ask members for a step until all answered, or its share of the time that is left is over; publishing has a share as well."""
+        steps = list(Step)
+        until = time.monotonic() + (self._end - time.monotonic()) / (1 + len(steps) - steps.index(step))
+        self._asks = {self._nodes[member]: ask for member, ask in asks.items()}
+        self._answers = {}
+        self._courses = {node: Course(self._asked[node]) for node in self._asks}
+        pause = POLL_MIN_S
+        while time.monotonic() < until and not all(course.ended for course in self._courses.values()):
+            pause = self._one_pass(pause, self._send_due() + self._receive(), until)
+        return {member: self._answers[node] for member, node in self._nodes.items() if node in self._answers}
+
+    def _message(self, node: int, course: Course, time_to_live: float) -> Message:
+        record = RecordDict({"request": ConfigRecord({"ask": self._asks[node]})})
+        return Message(record, dst_node_id=node, message_type=COHORT, ttl=time_to_live, group_id="cohort")
+
+    def _take(self, node: int, course: Course, reply: Message) -> None:
+        """Keep a member's message; whoever has none yet, or was lost, is asked again."""
+        answer = b""
+        if reply.has_error():
+            course.ended = reply.error.code not in LOST
+        else:
+            try:
+                answer = bytes_in(reply, "cohort", "answer")
+            except FormatError:
+                course.ended = True
+        if answer:
+            self._answers[node], course.ended = answer, True
+        course.later(time.monotonic(), time.monotonic() - course.sent)
+
+
 @server.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """Run one campaign: request, collect, publish, account for every node.
@@ -354,5 +454,5 @@ def _run(grid: Grid, plan: Plan, campaign: Campaign | None, record: Callable[[No
         channel = connect(plan.market, Path(plan.ca))
         stack.callback(channel.close)
         stub = MarketStub(channel)  # type: ignore[no-untyped-call]
-        run = Run(grid, plan, stub, campaign, record, courier)
+        run = (CohortRun if plan.cohort is not None else Run)(grid, plan, stub, campaign, record, courier)
         return run.results(), run.took

@@ -437,9 +437,10 @@ class MarketService(MarketServicer):
         new: dict[bytes, int] = {}
         for place, (release, _, _) in enumerate(offers):
             try:
-                if not self._may_publish(release.owner):
+                if not all(self._may_publish(signer) for signer in release.signers):
                     raise Unauthorised(
-                        "release: its owner is not enrolled at this market", hint="`veilmart node join` with an invite of its operator"
+                        "release: its owner, or one of its cohort, is not enrolled at this market",
+                        hint="`veilmart node join` with an invite of its operator",
                     )
                 # The same bytes again are no other release: whoever lost the receipt gets it, and pays nothing.
                 if self._quotas is not None and release.release_id not in new and not self._store.holds(release.release_id):

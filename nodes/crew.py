@@ -120,6 +120,11 @@ class Place:
         self._require_going()
         return self._guard.collect()
 
+    def take_part(self, ask: bytes) -> bytes:
+        """Return the guard's message for a step of a cohort's round."""
+        self._require_going()
+        return self._guard.take_part(ask)
+
     def _require_going(self) -> None:
         # Once an owner has failed every question fails, so that the campaign ends instead of waiting.
         if self._crew.failures:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Callable
 
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
@@ -20,6 +21,7 @@ from protocol.privacy import Guarantee
 client = ClientApp()
 
 SOCKETS = "VEILMART_GUARD_SOCKETS"
+PATIENCE_S, LOOK_S = 5.0, 0.1  # for a guard's message in a cohort's round
 CLIENT_APP_RAISED = 2  # flwr's ErrorCode for an exception in a ClientApp
 Handler = Callable[[Message, Context], Message]
 
@@ -63,6 +65,22 @@ def train(message: Message, context: Context) -> Message:
         Order(guarantee, map_id, epsilon_adapter=parse_limit(str(asked.get("epsilon-adapter", "")), "epsilon-adapter"))
     )
     return Message(RecordDict(), reply_to=message)
+
+
+@client.query("cohort")  # type: ignore[untyped-decorator]
+@sanitised
+def cohort(message: Message, context: Context) -> Message:
+    """Pass on a step of a cohort's round and answer this owner's message, or an empty one: not yet, or never.
+
+    Another message costs the node a process, so this one looks a few times more before it answers that there is nothing yet.
+    """
+    ask = message.content["request"].get("ask")
+    if not isinstance(ask, bytes):
+        raise FormatError("ask: expected bytes")
+    guard, until = guard_of(context), time.monotonic() + PATIENCE_S
+    while not (answer := guard.take_part(ask)) and time.monotonic() < until:
+        time.sleep(LOOK_S)
+    return Message(RecordDict({"cohort": ConfigRecord({"answer": answer})}), reply_to=message)
 
 
 @client.query("specify")  # type: ignore[untyped-decorator]

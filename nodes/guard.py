@@ -1,7 +1,8 @@
 """The guard: the one place that holds an owner's data, noise, ledger, key and model.
 
-Others may only *ask* it, through three calls: request, collect, status.  `request` queues and returns at once; the work is done by the
-owner's own loop (`work`); `collect` returns stored bytes or nothing.  No reason, metric or number of records ever leaves.
+Others may only *ask* it, through four calls: request, collect, status, take_part.  `request` queues and returns at once; the work is done
+by the owner's own loop (`work`); `collect` returns stored bytes or nothing; `take_part` answers one step of a cohort that the owner's
+policy joins.  No reason, metric or number of records ever leaves.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nodes.activations import MEMORY_BYTES, cached_pass
+from nodes.cohort import CohortRules, Rounds
 from nodes.finetune import HeldOut, Recipe
 from nodes.ledger import DEFAULT_POPULATION, Budget, Charge, Ledger, Price, not_compared, specification_charge
 from nodes.machine import out_of_memory_is
@@ -31,18 +33,19 @@ from nodes.private_training import PrivateRecipe
 from nodes.records import OwnedRecords, Record, digest_of, read_owned_records
 from nodes.succession import keys_before
 from protocol.codec import domain_tag, format_decimal
-from protocol.errors import IncompatibleSpecification, RecordError, TrainingFailed, UsageError, VeilmartError
+from protocol.errors import IncompatibleSpecification, RecordError, TrainingFailed, Unauthorised, UsageError, VeilmartError
 from protocol.features import EmbeddingKind, FeatureMap
 from protocol.hazmat.noise import NoiseSource
 from protocol.keys import signing_key, write_durably
 from protocol.privacy import NOT_PRIVATE, RECORD, AdapterGuarantee, Guarantee, PrivacyUnit, PrivateTraining, noise_variance
 from protocol.release import SIGNATURE_BYTES, AdapterReference, Card, Release, open_envelope, sign_release
-from protocol.specification import NORM_SQUARED, Specification, estimate, quantise, quantise_units
+from protocol.specification import NORM_SQUARED, BoundedVectors, Specification, estimate, quantise, quantise_units
 
 if TYPE_CHECKING:
     from nodes.answerer import Answerer
     from nodes.base_model import Activations, BaseModel, Embedding
     from nodes.policy import RelayRules
+    from protocol.cohort_round import Cohort
 
 Progress = Callable[[str, int, int], None]  # stage, done, all
 RECORDS_AT_ONCE = 32
@@ -176,7 +179,8 @@ class Guard:
     its releases `simulated`.  recipe: how the adapter is trained, or None for a specification alone.  embed: how embeddings are made
     where no adapter is trained (default: the model's `embed_alone`); a simulation passes one that remembers.  claims: the list of what
     the populations of one home were charged for (default: one of this guard alone).  encoder: the model that the map was fitted with,
-    where the adapter's base model is another one.  workers: threads that compute; changes nothing but time.
+    where the adapter's base model is another one.  cohort: with whom it releases a specification together, if with anybody.
+    workers: threads that compute; changes nothing but time.
     """
 
     def __init__(
@@ -195,6 +199,7 @@ class Guard:
         split: int | None = None,
         claims: Path | None = None,
         encoder: BaseModel | None = None,
+        cohort: CohortRules | None = None,
         workers: int = 2,
         on_progress: Progress = ignore_progress,
     ) -> None:
@@ -219,6 +224,7 @@ class Guard:
         self._ledger.require_owner(self.owner)
         self._queue: deque[Order] = deque()
         self._lock = threading.Lock()
+        self._rounds = self._rounds_of(cohort) if cohort is not None else None
         self.losses: list[HeldOut] = []  # of training without a guarantee; for the owner; never sent
         self.failures: list[VeilmartError] = []  # for the owner; never sent
 
@@ -235,6 +241,15 @@ class Guard:
     def status(self) -> Status:
         """Return how many requests wait and whether a release is there."""
         return Status(len(self._queue), self._ledger.latest() is not None)
+
+    def take_part(self, ask: bytes) -> bytes:
+        """Return this owner's message for one step of a cohort's round (protocol/cohort_round.py); nothing is charged but by its policy.
+
+        Raises a VeilmartError where it takes no part; whoever passes answers on tells nobody why.
+        """
+        if self._rounds is None:
+            raise Unauthorised("cohort: the owner's policy joins none", hint="a table [cohort] names with whom")
+        return self._rounds.answer(ask)
 
     # What only the owner calls ---------------------------------------------------------------------------------------
 
@@ -279,7 +294,7 @@ class Guard:
 
     def require_current(self, envelopes: Sequence[bytes]) -> None:
         """Raise LedgerBehind if the market holds a release of this owner, among these envelopes, that the ledger does not know."""
-        self._ledger.require_current([release for release in map(open_envelope, envelopes) if release.owner in self.owners])
+        self._ledger.require_current([release for release in map(open_envelope, envelopes) if set(release.signers) & set(self.owners)])
 
     @property
     def owner(self) -> bytes:
@@ -326,12 +341,15 @@ class Guard:
                     hint="the owner's policy sets it (`veilmart node up --epsilon-adapter`)",
                 )
 
-    def _admit(self, guarantee: Guarantee) -> OwnedRecords:
+    def _require_epsilon(self, guarantee: Guarantee) -> None:
         if guarantee.epsilon > self.policy.largest_epsilon:
             raise UsageError(
                 f"epsilon: the policy allows {self.policy.largest_epsilon:g} a release, got {guarantee.epsilon:g}",
                 hint="the owner's policy sets the limit (--largest-epsilon)",
             )
+
+    def _admit(self, guarantee: Guarantee) -> OwnedRecords:
+        self._require_epsilon(guarantee)
         if guarantee.delta > self.policy.budget.delta:
             raise UsageError(
                 f"delta: the policy allows {self.policy.budget.delta:g}, got {guarantee.delta:g}",
@@ -366,14 +384,7 @@ class Guard:
             claim(self._claims, self.policy.population, digests)  # before anything is charged
             with out_of_memory_is(_no_memory):
                 embedding, activations = self._one_pass(owned.records)
-            usable = np.isfinite(embedding).all(axis=(1, 2))
-            if not usable.all():
-                raise RecordError(
-                    f"{self._data.name}, record {int(np.argmin(usable)) + 1}: the base model gives it an embedding that is not finite",
-                    hint="the model's files may be damaged, or the record's text is none",
-                )
-            features = map_alone(self._map, embedding)
-            vectors = quantise(features) if owned.units is None else quantise_units(features, owned.units)
+            vectors = self._vectors(owned, embedding)
             with out_of_memory_is(_no_memory):
                 adapter = self._train(owned, activations) if self._recipe is not None else None
 
@@ -384,6 +395,39 @@ class Guard:
                 return release.release_id, sign_release(release, self._key)
 
             return self._ledger.charge(request, specification_charge(guarantee), make, first_only=first_only)
+
+    def _vectors(self, owned: OwnedRecords, embedding: Embedding) -> BoundedVectors:
+        usable = np.isfinite(embedding).all(axis=(1, 2))
+        if not usable.all():
+            raise RecordError(
+                f"{self._data.name}, record {int(np.argmin(usable)) + 1}: the base model gives it an embedding that is not finite",
+                hint="the model's files may be damaged, or the record's text is none",
+            )
+        features = map_alone(self._map, embedding)
+        return quantise(features) if owned.units is None else quantise_units(features, owned.units)
+
+    def _rounds_of(self, rules: CohortRules) -> Rounds:
+        if self.policy.unit != RECORD:
+            raise UsageError(
+                f"cohort: expected a population whose unit is the record, got {str(self.policy.unit)!r}",
+                hint="somebody with records at several members would be protected at each of them alone",
+            )
+        serves = self._map.map_id, bytes.fromhex(self._map.base_model), self._map.dimension
+        return Rounds(rules, self._key, self._ledger, self._noise, serves, self._require_cohort, self._cohort_vectors)
+
+    def _require_cohort(self, cohort: Cohort) -> None:
+        self._require_orderly(Order(cohort.guarantee, cohort.map_id))
+        self._require_epsilon(cohort.guarantee)
+
+    def _cohort_vectors(self, minimum: int) -> BoundedVectors:
+        """Return the vectors of the owner's records, which are claimed for this population from now on."""
+        owned = read_owned_records(self._data, minimum, self._limit)
+        digests = digests_of(owned)
+        require_unclaimed(self._claims, self.policy.population, digests)
+        claim(self._claims, self.policy.population, digests)  # before anything is charged
+        with out_of_memory_is(_no_memory):
+            embedding = self._embed(owned.records, layer=self._map.layer, kind=self._map.embedding, on_progress=None)
+        return self._vectors(owned, embedding)
 
     def training_plan(self) -> TrainingPlan:
         """Return what `train` would need and cost; nothing is computed or charged."""
@@ -570,6 +614,8 @@ class Reachable(Protocol):
     def collect(self) -> bytes | None:
         """Return the newest visible envelope, or None."""
         ...
+
+    def take_part(self, ask: bytes) -> bytes: ...
 
 
 _LOCAL_GUARDS: dict[str, Reachable] = {}

@@ -15,6 +15,7 @@ scheduler's jitter in waking us, which tests/attacks/test_guard_side_channels.py
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 import os
@@ -25,7 +26,9 @@ import struct
 import tempfile
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +38,7 @@ from nodes.guard import Order, Reachable, Status
 from nodes.journal import Entry, Journal
 from nodes.policy import Schedule, Service
 from protocol.codec import format_decimal, parse_decimal, parse_limit
+from protocol.cohort_round import MAX_ASK_BYTES, Ask, Step
 from protocol.errors import GuardUnreachable, UsageError, VeilmartError
 from protocol.privacy import Guarantee
 from protocol.wire import guard_pb2 as pb
@@ -49,15 +53,19 @@ CALL_S = 30.0
 SETTLE_S = 0.02
 CONNECTIONS = 64
 TURNED_AWAY_S = 60.0  # between two lines of the log on callers that were turned away
-OPTIONS = [("grpc.max_receive_message_length", 64 << 10), ("grpc.so_reuseport", 0), ("grpc.enable_http_proxy", 0)]
+OPTIONS = [("grpc.max_receive_message_length", MAX_ASK_BYTES + (1 << 10)), ("grpc.so_reuseport", 0), ("grpc.enable_http_proxy", 0)]
+
+HELD_STEPS = 64  # of cohorts, whose answers are kept for whoever asks again
 
 HandOver = Callable[[int, Order], None]
+TakePart = Callable[[bytes], Future[list[bytes]]]
 
 
 class Desk(Reachable):
     """Takes orders and answers, from the journal and from memory alone.
 
     released: reads the newest stored envelope, and the one with an id, from the ledger.  hand_over: gives an order to the worker.
+    take_part: gives the worker a step of a cohort's round; None: the owner joins none.
     """
 
     def __init__(
@@ -69,6 +77,7 @@ class Desk(Reachable):
         *,
         schedule: Schedule | None = None,
         delta: float = 1e-6,
+        take_part: TakePart | None = None,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -79,6 +88,8 @@ class Desk(Reachable):
         self._filled = clock()
         self._limited_at = self._filled - since_limited
         self._outcomes: list[dict[str, Any]] = []  # not in the journal yet
+        self._take_part = take_part
+        self._steps: OrderedDict[bytes, _CohortStep] = OrderedDict()  # by the digest of what was asked
         self._since_slot = 0
         shown = [entry.fields["release"] for entry in journal.found if entry.event == "shown"]
         self._visible = released(str(shown[-1])) if shown else None
@@ -110,6 +121,32 @@ class Desk(Reachable):
         visible = self._visible
         return visible[1] if visible else None
 
+    def take_part(self, ask: bytes) -> bytes:
+        """Return this owner's message for a step of a cohort's round, once it is there and visible; else nothing, for whatever reason.
+
+        The masked numbers alone take a time that tells how many records there are, so they become visible at a slot.
+        """
+        if self._take_part is None:
+            return b""
+        digest = hashlib.sha256(ask).digest()
+        with self._lock:
+            held = self._steps.get(digest)
+        if held is None:
+            try:
+                of = Ask.from_bytes(ask)
+            except VeilmartError:
+                self.malformed()
+                return b""
+            if not self._admit():
+                return b""
+            self._journal.append("cohort", step=str(of.step), cohort=of.cohort.cohort_id.hex())  # before the worker may charge for it
+            held = _CohortStep(self._take_part(ask), waits=of.step is Step.MASK and bool(self._service.slot_s))
+            with self._lock:
+                held = self._steps.setdefault(digest, held)
+                while len(self._steps) > HELD_STEPS:
+                    self._steps.popitem(last=False)
+        return held.answer()
+
     def status(self) -> Status:
         """Return how many orders came since the last slot, served or not, and whether a release is visible."""
         return Status(self._since_slot, self._visible is not None)
@@ -130,6 +167,8 @@ class Desk(Reachable):
     def _slot(self) -> None:
         with self._lock:
             self._since_slot = 0
+            for step in self._steps.values():
+                step.show()
         self._write_outcomes()
         newest = self._released(None)
         if newest is not None and (self._visible is None or newest[0] != self._visible[0]):
@@ -168,6 +207,24 @@ class Desk(Reachable):
                 self._outcomes.pop(0)
 
 
+class _CohortStep:
+    """A step that was handed over: its answer, and whether it may be seen."""
+
+    def __init__(self, future: Future[list[bytes]], *, waits: bool) -> None:
+        self._future, self._waits = future, waits
+
+    def show(self) -> None:
+        """A slot has come: what is there may be seen from now on."""
+        if self._future.done():
+            self._waits = False
+
+    def answer(self) -> bytes:
+        """Return the answer, or nothing."""
+        if self._waits or not self._future.done():
+            return b""
+        return b"".join(self._future.result()[:1])
+
+
 def _rate_left(found: Sequence[Entry], orders_per_hour: int, now: datetime) -> tuple[float, float]:
     """Return how many orders are free now, and the seconds since the last line that said none was; both as the journal's lines tell.
 
@@ -183,7 +240,7 @@ def _rate_left(found: Sequence[Entry], orders_per_hour: int, now: datetime) -> t
 
     for entry in found:
         at = min(datetime.fromisoformat(entry.time).timestamp(), present)
-        if entry.event in ("asked", "malformed"):
+        if entry.event in ("asked", "malformed", "cohort"):
             refill(at)
             tokens = max(tokens - 1, 0.0)
         elif entry.event == "limited":
@@ -222,7 +279,7 @@ def order_from_wire(message: pb.Order) -> Order:
 
 
 class _Answers(GuardServicer):
-    """The three calls.  `padded` decides when each answer leaves."""
+    """The four calls.  `padded` decides when each answer leaves."""
 
     def __init__(self, desk: Desk, padded: Callable[[Awaitable[Any]], Awaitable[Any]]) -> None:
         self._desk, self._padded = desk, padded
@@ -242,6 +299,14 @@ class _Answers(GuardServicer):
 
     async def Status(self, request: Any, context: Any) -> Any:
         return await self._padded(self._status())
+
+    async def TakePart(self, request: Any, context: Any) -> Any:
+        try:
+            answer = await self._padded(asyncio.to_thread(self._desk.take_part, bytes(request.ask)))
+        except Exception as error:  # noqa: BLE001 - a full disk, say: no step is taken, and no word of why
+            log.error("step not taken error=%s", type(error).__name__)
+            answer = b""
+        return pb.CohortAnswer(answer=answer)
 
     async def _collected(self) -> pb.Collected:
         return pb.Collected(envelope=self._desk.collect() or b"")
@@ -358,7 +423,7 @@ def _bound(path: Path, group: int | None) -> socket.socket:
 
 @asynccontextmanager
 async def _desk_server(desk: Desk, padded: Callable[[Awaitable[Any]], Awaitable[Any]]) -> AsyncIterator[str]:
-    """Serve the three calls at a socket in a folder that we alone can enter: gRPC does not tell who calls, so a door stands before it."""
+    """Serve the calls at a socket in a folder that we alone can enter: gRPC does not tell who calls, so a door stands before it."""
     import grpc.aio
 
     folder = tempfile.mkdtemp(prefix="veilmart-desk-")  # mode 0700
@@ -461,6 +526,10 @@ class SocketGuard(Reachable):
     def collect(self) -> bytes | None:
         """Return the newest visible envelope, or None."""
         return bytes(self._call("Collect", pb.CollectRequest()).envelope) or None
+
+    def take_part(self, ask: bytes) -> bytes:
+        """Return the owner's message for a step of a cohort's round, or nothing: not yet, or never."""
+        return bytes(self._call("TakePart", pb.CohortAsk(ask=ask)).answer)
 
     def status(self) -> Status:
         """Return how many orders came since the last slot and whether a release is visible."""

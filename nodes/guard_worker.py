@@ -83,6 +83,10 @@ class Worker:
         """Ask for the sealed answer to a sealed question; empty where there is none."""
         return self._call("answer", [sealed], patience_s=patience_s)
 
+    def take_part(self, ask: bytes) -> Future[list[bytes]]:
+        """Ask for the owner's message for a step of a cohort's round; empty where it takes no part."""
+        return self._call("take_part", [ask])
+
     def _call(self, what: str, parts: list[bytes], **more: float) -> Future[list[bytes]]:
         number, future = next(self._numbers), Future[list[bytes]]()
         self._calls[number] = future
@@ -179,7 +183,9 @@ def _work(make: Callable[[], Guard], pipe: Connection, other_end: Connection, pa
             pipe.send_bytes(json.dumps(told).encode())
 
     calls = _Calls(guard.answerer(relay), tell) if relay is not None else None
-    threading.Thread(target=_read, args=(pipe, orders, calls), daemon=True).start()
+    steps: queue.Queue[dict[str, Any]] = queue.Queue()
+    threading.Thread(target=_take_part, args=(guard, steps, tell), name="guard-cohort", daemon=True).start()
+    threading.Thread(target=_read, args=(pipe, orders, steps, calls), daemon=True).start()
     while True:
         plain = orders.get()
         before = len(guard.failures)
@@ -231,7 +237,20 @@ class _Calls:
             self._tell({"call": plain["call"], "parts": _texts([answer])})
 
 
-def _read(pipe: Connection, orders: queue.Queue[dict[str, Any]], calls: _Calls | None) -> None:
+def _take_part(guard: Guard, steps: queue.Queue[dict[str, Any]], tell: Callable[[dict[str, Any]], None]) -> None:
+    """Answer steps of cohorts' rounds, one at a time and beside the orders; a refusal is told by its code, here alone."""
+    while True:
+        plain, said = steps.get(), b""
+        try:
+            said = guard.take_part(_parts(plain["parts"])[0])
+        except VeilmartError as error:
+            log.warning("step of a cohort refused code=%s", error.code)
+        except Exception as error:  # noqa: BLE001 - the thread must go on, and the text may hold what is private
+            log.error("step of a cohort failed kind=%s", type(error).__name__)
+        tell({"call": plain["call"], "parts": _texts([said])})
+
+
+def _read(pipe: Connection, orders: queue.Queue[dict[str, Any]], steps: queue.Queue[dict[str, Any]], calls: _Calls | None) -> None:
     while True:
         try:
             plain = json.loads(pipe.recv_bytes())
@@ -239,5 +258,7 @@ def _read(pipe: Connection, orders: queue.Queue[dict[str, Any]], calls: _Calls |
             os._exit(0)  # the desk is gone; what is not committed is not charged
         if "call" not in plain:
             orders.put(plain)
+        elif plain["what"] == "take_part":
+            steps.put(plain)
         elif calls is not None:
             calls.take(plain)

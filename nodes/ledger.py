@@ -4,6 +4,8 @@ One ledger belongs to one *population* and one privacy unit for life.  It covers
 that population; adding a record opens no new budget.
 Training takes minutes and sends nothing, so its charge is a transaction of its own, before the first draw; the adapter it paid for is
 noted when it is done, and is the only one that this charge will ever give.
+A round of a cohort is charged before the masked numbers leave, and never given back: who carries the messages may tell this member that
+the round broke off, and have the sum from the others.  No two charges are of one round, and no round is joined again.
 Order is part of the protocol (docs/protocol.md 4.4): admission, noise, then *one* commit that holds the charge and the noisy bytes, and
 only then may anything be sent.  A crash before the commit leaves neither; a crash after it re-sends the stored bytes.
 
@@ -29,7 +31,7 @@ from pathlib import Path
 
 from nodes.succession import keys_before
 from protocol.codec import canonical_json, domain_tag, format_decimal
-from protocol.errors import BudgetSpent, FormatError, LedgerBehind, LedgerDamaged, PopulationConflict, UsageError
+from protocol.errors import BudgetSpent, CohortAborted, FormatError, LedgerBehind, LedgerDamaged, PopulationConflict, UsageError
 from protocol.privacy import (
     RECORD,
     Event,
@@ -48,6 +50,7 @@ from protocol.specification import NORM_SQUARED
 
 POPULATION = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 DEFAULT_POPULATION = "default"
+COHORT_TAG = domain_tag("cohort-charge", 1)
 LEDGER_TAG, ENTRY_TAG = domain_tag("ledger", 2), domain_tag("ledger-entry", 2)
 SCHEMA = (
     """
@@ -66,7 +69,7 @@ CREATE TABLE IF NOT EXISTS entry (
     delta TEXT NOT NULL,
     origin TEXT NOT NULL,                -- drawn: made here; market: charged again from the market's list
     release_id BLOB NOT NULL,
-    envelope BLOB NOT NULL,              -- the signed release that this charge paid for; empty for a training
+    envelope BLOB NOT NULL,              -- the signed release that this charge paid for; empty for a training and a cohort's round
     hash BLOB NOT NULL
 ) STRICT""",
     """
@@ -106,12 +109,22 @@ def specification_charge(guarantee: Guarantee) -> Charge:
 
 
 def release_charge(release: Release) -> Charge:
-    """Return the charge of everything that a release gives away under a guarantee: its specification, and a private adapter."""
+    """Return the charge of everything that a release gives away under a guarantee: its specification, and a private adapter.
+
+    Of a cohort's release it is that of the guarantee, and not of all the noise that is published: colluders know theirs.
+    """
+    if release.cohort is not None:
+        return specification_charge(release.specification.guarantee)
     events: tuple[Event, ...] = (specification_event(release.specification.noise_variance, NORM_SQUARED),)
     delta = release.specification.guarantee.delta
     if release.adapter is not None and isinstance(trained := release.adapter.guarantee, PrivateTraining):
         events, delta = (*events, trained.event), min(delta, trained.guarantee.delta)
     return Charge(events, delta)
+
+
+def cohort_request(cohort_id: bytes) -> bytes:
+    """Return what the charge of a cohort's round is known by."""
+    return hashlib.sha256(COHORT_TAG + cohort_id).digest()
 
 
 def epsilon_of(adapter: AdapterReference | None) -> str | float | None:
@@ -168,6 +181,7 @@ class Origin(StrEnum):
 
     DRAWN = "drawn"
     TRAINED = "trained"  # a training: no release of its own
+    COHORT = "cohort"  # a round of a cohort: the release is everybody's, and lies in the chain of whoever publishes it
     MARKET = "market"
 
 
@@ -190,6 +204,7 @@ class Ledger:
 
     def __init__(self, path: Path, budget: Budget, population: str, unit: PrivacyUnit) -> None:
         self._path, self.budget, self.population, self.unit = path, budget, population, unit
+        self._owners: tuple[bytes, ...] | None = None  # as `require_owner` was told
 
     @classmethod
     def open(
@@ -351,6 +366,28 @@ class Ledger:
             self._price(db, charge).require()
             _append(db, 0, request, charge, Origin.TRAINED, b"", b"")
 
+    def charge_cohort(self, cohort_id: bytes, charge: Charge, rounds: int) -> None:
+        """Charge a round of a cohort and commit, before the noise is drawn and anything of it leaves.
+
+        rounds: how many this population's policy allows for life.  Raises CohortAborted for a round that was charged before, since its
+        masks are gone; UsageError beyond the policy; BudgetSpent or LedgerBehind.  Then nothing may leave.
+        """
+        request = cohort_request(cohort_id)
+        with self._transaction() as db:
+            _verified(db)
+            if db.execute("SELECT 1 FROM entry WHERE request = ?", (request,)).fetchone():
+                raise CohortAborted("cohort: this round was charged before, and is not joined a second time")
+            (joined,) = db.execute("SELECT count(*) FROM entry WHERE origin = ?", (str(Origin.COHORT),)).fetchone()
+            if joined >= rounds:
+                raise UsageError(
+                    f"cohort: the policy allows {rounds} rounds, all were charged", hint="[cohort] rounds, in the owner's policy"
+                )
+            if not db.execute("SELECT compared FROM ledger").fetchone()[0]:
+                raise not_compared()
+            self._declare(db)
+            self._price(db, charge).require()
+            _append(db, 0, request, charge, Origin.COHORT, b"", b"")
+
     def charged(self, request: bytes) -> bool:
         """Whether this request was charged before."""
         with self._transaction() as db:
@@ -375,6 +412,8 @@ class Ledger:
         None, for no key, passes only where nothing was charged.
         The market is asked for the releases of one owner.  With another key it has none, and an older ledger would look current.
         """
+        if owner is not None:
+            self._owners = (owner, *keys_before(self._path.parent, owner))
         latest = self.latest()
         signer = open_envelope(latest).owner if latest is not None else owner
         if signer != owner and (owner is None or signer not in keys_before(self._path.parent, owner)):
@@ -389,7 +428,7 @@ class Ledger:
     def missing(self, releases: Sequence[Release]) -> list[Release]:
         """Return those of the owner's releases that this ledger does not know, in the order of their numbers."""
         with self._transaction() as db:
-            return _missing(db, releases)
+            return _missing(db, releases, self._owners)
 
     def require_current(self, releases: Sequence[Release]) -> None:
         """Note that the ledger was compared with all releases of its owner; raise LedgerBehind if it does not know one of them.
@@ -397,7 +436,7 @@ class Ledger:
         From then on nothing is drawn, also after a restart, until `absorb` has charged what is missing.
         """
         with self._transaction() as db:
-            missing = _missing(db, releases)
+            missing = _missing(db, releases, self._owners)
             db.execute("UPDATE ledger SET compared = ?", (int(not missing),))
         if missing:
             raise LedgerBehind(
@@ -414,7 +453,8 @@ class Ledger:
         by_id = {release.release_id: (release, envelope) for envelope in envelopes for release in [open_envelope(envelope)]}
         with self._transaction() as db:
             self._declare(db)
-            missing = _missing(db, [release for release, _ in by_id.values()])  # in here: another process may be charging the same
+            # In here: another process may be charging the same.
+            missing = _missing(db, [release for release, _ in by_id.values()], self._owners)
             for release in missing:
                 if (unit := release.specification.guarantee.unit) != self.unit:
                     raise PopulationConflict(
@@ -422,7 +462,11 @@ class Ledger:
                         hint="declare the unit of the lost ledger (--unit)",
                     )
             for release in missing:
-                charge = release_charge(release)
+                if release.cohort is not None:
+                    _absorb_round(db, release, release.cohort.cohort_id)
+                    if not _is_own(release, self._owners):
+                        continue
+                charge = Charge((), release.specification.guarantee.delta) if release.cohort is not None else release_charge(release)
                 request = hashlib.sha256(domain_tag("absorbed", 1) + release.release_id).digest()
                 envelope = by_id[release.release_id][1]
                 _append(db, release.release_number, request, charge, Origin.MARKET, release.release_id, envelope)
@@ -586,9 +630,34 @@ def _read_only(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)
 
 
-def _missing(db: sqlite3.Connection, releases: Sequence[Release]) -> list[Release]:
-    known = {entry.release_id for entry in _verified(db)}
-    return sorted((r for r in releases if r.release_id not in known), key=lambda release: release.release_number)
+def _missing(db: sqlite3.Connection, releases: Sequence[Release], owners: Sequence[bytes] | None) -> list[Release]:
+    unknown = not_in(releases, _verified(db), owners)
+    return sorted(unknown, key=lambda release: release.release_number)
+
+
+def not_in(releases: Sequence[Release], entries: Sequence[Entry], owners: Sequence[bytes] | None) -> list[Release]:
+    """Return those of an owner's releases that entries of a ledger do not know.
+
+    A release of a cohort is known by its round, unless this owner published it: then it has a place in the chain as well.
+    owners: the owner's keys; None: every release is in the owner's chain.
+    """
+    ids, requests = {entry.release_id for entry in entries}, {entry.request for entry in entries}
+
+    def is_known(release: Release) -> bool:
+        joined = release.cohort is not None and cohort_request(release.cohort.cohort_id) in requests
+        return release.release_id in ids or (joined and not _is_own(release, owners))
+
+    return [release for release in releases if not is_known(release)]
+
+
+def _is_own(release: Release, owners: Sequence[bytes] | None) -> bool:
+    return owners is None or release.owner in owners
+
+
+def _absorb_round(db: sqlite3.Connection, release: Release, cohort_id: bytes) -> None:
+    request = cohort_request(cohort_id)
+    if not db.execute("SELECT 1 FROM entry WHERE request = ?", (request,)).fetchone():
+        _append(db, 0, request, release_charge(release), Origin.COHORT, b"", b"")
 
 
 def _next_release(db: sqlite3.Connection) -> tuple[int, bytes]:

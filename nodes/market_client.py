@@ -662,13 +662,13 @@ class MarketClient:
         return self._call(collect)
 
     def releases_of(self, owners: Sequence[bytes], feature_map: FeatureMap) -> list[bytes]:
-        """Return the envelopes of all releases under these keys of one owner, from the whole catalogue.
+        """Return the envelopes of all releases that one of these keys of one owner signed, cohorts' among them, from the whole catalogue.
 
         A market that leaves one out breaks its own chain.
         The market learns that somebody synced, not whose releases were looked for.
         """
         envelopes, releases, _ = self._releases(self._accepting(feature_map), feature_map)
-        return [envelope for envelope, release in zip(envelopes, releases, strict=True) if release.owner in owners]
+        return [envelope for envelope, release in zip(envelopes, releases, strict=True) if set(release.signers) & set(owners)]
 
     def _releases(self, description: Description, feature_map: FeatureMap) -> tuple[list[bytes], tuple[Release, ...], Catalogue]:
         path = self._folder(description) / "envelopes"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from nodes.cohort import CohortRules
 from nodes.finetune import Recipe
 from nodes.guard import Guard, Order, Plan, Policy, Progress, Trained, TrainingPlan, ignore_progress
 from nodes.home import default_home, open_model
@@ -57,7 +58,8 @@ class Owner:
     the file's name); summary, licence: public too.  policy: the owner's limits, with population and unit (default: epsilon 4 for life,
     the ledger's unit, or the record if it is new).  recipe: how the adapter is trained: without a guarantee (`Recipe`), by DP-SGD
     (`PrivateRecipe`), or not at all (None).  feature_map: a name that ships with veilmart, or a file; the market's.  base: directory of
-    the base model.  limit: take so many records.  Raises LedgerDamaged or PopulationConflict where the home holds another's ledger.
+    the base model.  limit: take so many records.  cohort: with whom the guard takes part in rounds of secure aggregation.  Raises
+    LedgerDamaged or PopulationConflict where the home holds another's ledger.
     """
 
     def __init__(
@@ -73,12 +75,13 @@ class Owner:
         feature_map: str = DEFAULT_MAP,
         base: Path | None = None,
         limit: int | None = None,
+        cohort: CohortRules | None = None,
         on_progress: Progress = ignore_progress,
     ) -> None:
         self._data, self._home, self._base, self._limit = Path(data), home or default_home(), base, limit
         self._policy = policy or Policy(unit=unit_of(folder_of(self._home, Policy().population)))
         self._card = Card(name or name_from(self._data), summary, licence)
-        self._recipe, self._map, self._on_progress = recipe, feature_map, on_progress
+        self._recipe, self._map, self._cohort, self._on_progress = recipe, feature_map, cohort, on_progress
 
     @property
     def folder(self) -> Path:
@@ -90,7 +93,8 @@ class Owner:
         """The guard over these records; opening it loads the base model and, the first time, makes ledger and key."""
         return Guard(
             self.folder, self._data, self._card, open_model(self._home, self._base), open_map(self._map), operating_system(),
-            policy=self._policy, recipe=self._recipe, limit=self._limit, claims=claims_of(self._home), on_progress=self._on_progress,
+            policy=self._policy, recipe=self._recipe, limit=self._limit, claims=claims_of(self._home),
+            cohort=self._cohort, on_progress=self._on_progress,
         )  # fmt: skip
 
     def plan(self, guarantee: Guarantee = USUAL) -> Plan:

@@ -10,6 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from nodes.cohort import CohortRules
 from nodes.guard import Policy
 from nodes.ledger import DEFAULT_POPULATION, POPULATION, Budget
 from protocol.codec import format_decimal, parse_hex
@@ -49,6 +50,13 @@ askers = []                     # keys of those who may ask, hexadecimal; empty:
 questions_per_hour = 60
 longest_question = 4000         # bytes
 most_tokens = 256               # of an answer
+
+[cohort]                        # leave out for none: a specification released together with other owners, too small for one each
+name = "joint-notes"            # of the learnware
+members = []                    # keys of the owners you join with, hexadecimal; empty: no round
+colluders = 1                   # the fewest members, beside market and SuperLink, that a round must withstand
+rounds = 1                      # that others may begin in this population's life; each is charged, also one that breaks off
+minimum_units = 5
 
 [schedule]                      # leave out for none: the owner's releases, whether or not the data changed
 first = 2027-01-01
@@ -113,6 +121,7 @@ class OwnerPolicy:
     service: Service = Service()
     schedule: Schedule | None = None
     relay: RelayRules | None = None
+    cohort: CohortRules | None = None
 
     def require_accepted(self, map_name: str, map_id: str, base_model: str) -> None:
         """Raise UsageError for a map or base model that the owner does not accept."""
@@ -137,6 +146,11 @@ class _Table:
         return UsageError(
             f"{self._path}: {self._name}.{key}: expected {expected}, got {got!r}", hint="`veilmart node policy` shows a whole file"
         )
+
+    @property
+    def where(self) -> str:
+        """The file and the table's name."""
+        return f"{self._path}: {self._name}"
 
     def number(self, key: str, default: object = _REQUIRED, *, above: float = 0.0, least: float | None = None) -> float:
         value = self._take(key, default)
@@ -214,13 +228,13 @@ def read_policy(path: Path) -> OwnerPolicy:
         raise UsageError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not TOML: {error}", hint="`veilmart node policy` shows a whole file") from None
-    names = ("population", "accept", "specification", "adapter", "service", "relay", "schedule")
+    names = ("population", "accept", "specification", "adapter", "service", "relay", "cohort", "schedule")
     for name in content:
         if name not in names:
             raise UsageError(f"{path}: {name}: no such table", hint=f"expected {', '.join(names)}")
-    scheduled, relayed = "schedule" in content, "relay" in content
+    scheduled, relayed, joined = "schedule" in content, "relay" in content, "cohort" in content
     tables = {name: _Table(path, name, content.get(name, {})) for name in names}
-    population, accept, specification, adapter, service, relay, schedule = (tables[name] for name in names)
+    population, accept, specification, adapter, service, relay, cohort, schedule = (tables[name] for name in names)
 
     name = population.text("name", DEFAULT_POPULATION)
     if not POPULATION.fullmatch(name):
@@ -258,6 +272,7 @@ def read_policy(path: Path) -> OwnerPolicy:
         ),
         _schedule(schedule, limits) if scheduled else None,
         _relay(relay) if relayed else None,
+        _cohort(cohort, limits) if joined else None,
     )  # fmt: skip
     if policy.relay is not None and policy.adapter is AdapterRelease.NONE:
         raise adapter.error("release", "relay or public, since [relay] answers with the adapter", release)
@@ -273,6 +288,18 @@ def _relay(table: _Table) -> RelayRules:
         table.whole("longest_question", rules.longest_question, most=MAX_QUESTION_BYTES),
         table.whole("most_tokens", rules.most_tokens, most=MAX_TOKENS),
     )  # fmt: skip
+
+
+def _cohort(table: _Table, limits: Policy) -> CohortRules:
+    if limits.unit != RECORD:
+        raise table.error("name", "no table [cohort] where the population's unit is not 'record'", str(limits.unit))
+    try:
+        return CohortRules(
+            table.text("name"), table.keys("members"), table.whole("colluders", 1, least=0), table.whole("rounds", 1, least=0),
+            table.whole("minimum_units", 5),
+        )  # fmt: skip
+    except UsageError as error:
+        raise UsageError(f"{table.where}: {error}", hint="`veilmart node policy` shows a whole file") from None
 
 
 def _schedule(table: _Table, limits: Policy) -> Schedule:

@@ -77,6 +77,9 @@ def sockets(places: Sequence[Reachable]) -> Iterator[Path]:
         def Collect(self, request: Any, context: Any) -> Any:
             return pb.Collected(envelope=self._place.collect() or b"")
 
+        def TakePart(self, request: Any, context: Any) -> Any:
+            return pb.CohortAnswer(answer=self._place.take_part(bytes(request.ask)))
+
     folder = Path(tempfile.mkdtemp(prefix="veilmart-sim-"))  # short: a socket's path has at most 107 characters
     servers = []
     try:

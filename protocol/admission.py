@@ -16,6 +16,7 @@ from protocol.privacy import MAX_EPSILON, AdapterGuarantee, Guarantee, noise_var
 from protocol.specification import COUNT_STEP, FEATURE_SCALE, NORM_SQUARED, Specification
 
 if TYPE_CHECKING:
+    from protocol.cohort import CohortSeal
     from protocol.release import Release
 
 STDS = 4.0  # how far from its expectation an honest norm may be
@@ -48,20 +49,21 @@ LENIENT = AdmissionPolicy(MAX_EPSILON, None, None)
 
 def admit_release(release: Release, policy: AdmissionPolicy) -> None:
     """Return nothing if a release may stand in a ranking: its specification by its integers, its adapter by the guarantee stated."""
-    admit(release.specification, policy)
+    admit(release.specification, policy, release.cohort)
     if release.adapter is not None:
         require_adapter(release.adapter.guarantee, policy)
 
 
-def admit(specification: Specification, policy: AdmissionPolicy) -> None:
+def admit(specification: Specification, policy: AdmissionPolicy, cohort: CohortSeal | None = None) -> None:
     """Return nothing if the specification may stand in a ranking; raise NotAdmitted naming the first rule that it breaks.
 
+    cohort: where several owners released it together, whose shares of noise are then all there.
     An honest specification of n units is admitted with probability at least 99.9 % if n is 3.1 standard deviations of the noisy count
     (17.4 units at epsilon 1, delta 1e-6) above the smallest count; see test_honest_specifications_are_admitted.
     """
     guarantee, variance = specification.guarantee, specification.noise_variance
     require_claim(guarantee, policy)
-    least = noise_variance(guarantee, NORM_SQUARED)
+    least = noise_variance(guarantee, NORM_SQUARED) if cohort is None else cohort.noise_variance(guarantee)
     # The allowance covers another implementation's last digits of sigma, and nothing that could be of use.
     if not least <= variance <= least + (least >> 20) + 1:
         raise NotAdmitted(f"noise_variance: epsilon {guarantee.epsilon:g} at delta {guarantee.delta:g} means {least}, got {variance}")

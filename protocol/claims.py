@@ -2,6 +2,8 @@
 
 envelope = release bytes || Ed25519 signature over them          release id = SHA-256 of the release bytes
 
+A release of a cohort (protocol/cohort.py) also holds the signatures of all who took part; whoever publishes it is one of them.
+
 Everything that can be wrong with a release's bytes is found here, so an auditor needs no numerical library to refuse one
 (protocol/verify.py); protocol/release.py gives the same claims as values to compute with.
 """
@@ -16,7 +18,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from protocol.codec import decode, domain_tag, encode, format_decimal, parse_decimal, take
+from protocol.codec import decode, domain_tag, encode, format_decimal, parse_decimal, parse_hex, take
+from protocol.cohort import CohortSeal, Resilience, statement_of
 from protocol.errors import FormatError, InvalidSignature, UsageError
 from protocol.privacy import (
     NORM_SQUARED,
@@ -79,6 +82,8 @@ class Identified(ABC):
     """What is called after its release bytes and its card."""
 
     card: Card
+    owner: bytes
+    cohort: CohortSeal | None
 
     @cached_property
     @abstractmethod
@@ -89,6 +94,11 @@ class Identified(ABC):
     def release_id(self) -> bytes:
         """SHA-256 of the release bytes."""
         return hashlib.sha256(self.body).digest()
+
+    @property
+    def signers(self) -> tuple[bytes, ...]:
+        """Keys of all owners who signed, and whose records are in the sums."""
+        return self.cohort.survivors if self.cohort else (self.owner,)
 
     @property
     def title(self) -> str:
@@ -111,12 +121,19 @@ class Claims(Identified):
     adapter: AdapterReference | None
     card: Card
     simulated: bool  # made with noise that is not secret; a real market refuses it
+    cohort: CohortSeal | None = None  # where several owners released it together
 
     def __post_init__(self) -> None:
         # Everybody recomputes the noise from the claim: a release with less noise than its epsilon needs does not exist.
         least = noise_variance(self.guarantee, NORM_SQUARED)
         if self.noise_variance < least:
             raise FormatError(f"noise_variance: epsilon {self.guarantee.epsilon:g} needs at least {least}, got {self.noise_variance}")
+        if self.cohort is not None:
+            self.cohort.require(self.guarantee, self.noise_variance)
+            if self.owner not in self.cohort.survivors:
+                raise FormatError("cohort: expected to be published by one of its survivors")
+            if self.adapter is not None or self.card != Card(self.card.name):  # nobody signed these but the one who publishes
+                raise FormatError("cohort: expected a name alone, no adapter, summary or licence")
 
     @cached_property
     def body(self) -> bytes:
@@ -132,9 +149,11 @@ class Claims(Identified):
             "release_number": self.release_number,
             "simulated": int(self.simulated),
             "unit": str(self.guarantee.unit),
+            **_cohort_to_plain(self.cohort),
         }
+        sealed = b"".join((*self.cohort.survivors, *self.cohort.signatures)) if self.cohort else b""
         ids = (self.owner, self.previous or NO_ID, self.base_model, self.map_id, adapter.digest if adapter else NO_ID)
-        return encode(MAGIC, metadata, b"".join(ids) + struct.pack(f"<{len(self.noisy_sums)}i", *self.noisy_sums))
+        return encode(MAGIC, metadata, sealed + b"".join(ids) + struct.pack(f"<{len(self.noisy_sums)}i", *self.noisy_sums))
 
 
 def open_claims(envelope: bytes) -> Claims:
@@ -150,12 +169,15 @@ def open_claims(envelope: bytes) -> Claims:
         Ed25519PublicKey.from_public_bytes(claims.owner).verify(signature, body)
     except (BadSignature, ValueError):
         raise InvalidSignature("release: the owner's signature does not verify") from None
+    if claims.cohort is not None:
+        claims.cohort.verify(_statement_of(claims, claims.cohort))
     return claims
 
 
 def parse_claims(body: bytes) -> Claims:
     """Return the claims of a release's canonical bytes; raise FormatError for any other encoding."""
     metadata, payload = decode(MAGIC, body)
+    cohort, payload = _cohort_from_plain(metadata.pop("cohort", None), payload)
     fields = {
         "adapter": dict, "card": dict, "delta": str, "epsilon": str, "noise_variance": int, "relation": str, "release_number": int,
         "simulated": int, "unit": str,
@@ -189,8 +211,45 @@ def parse_claims(body: bytes) -> Claims:
             raise FormatError("release.adapter: expected the unit of the specification, since both are of one population")
     claims = Claims(
         owner, number, b"" if previous == NO_ID else previous, base_model, map_id, struct.unpack(f"<{len(payload) // 4}i", payload),
-        variance, guarantee, reference, card_value, bool(simulated),
+        variance, guarantee, reference, card_value, bool(simulated), cohort,
     )  # fmt: skip
     if claims.body != body:  # whatever slipped through above: only the canonical bytes are a release
         raise FormatError("release: not in canonical form")
     return claims
+
+
+def _statement_of(claims: Claims, cohort: CohortSeal) -> bytes:
+    return statement_of(
+        cohort.cohort_id, cohort.resilience, cohort.survivors, claims.card.name, claims.base_model, claims.map_id, claims.guarantee,
+        claims.noise_variance, claims.simulated, claims.noisy_sums,
+    )  # fmt: skip
+
+
+def _cohort_to_plain(cohort: CohortSeal | None) -> dict[str, Any]:
+    """Return the field of a cohort's release; that of one owner has none, and its bytes are what they were before there were cohorts."""
+    if cohort is None:
+        return {}
+    sizes = cohort.resilience
+    plain = {"colluders": sizes.colluders, "dropouts": sizes.dropouts, "id": cohort.cohort_id.hex(), "members": sizes.members}
+    return {"cohort": {**plain, "survivors": len(cohort.survivors)}}
+
+
+def _cohort_from_plain(plain: object, payload: bytes) -> tuple[CohortSeal | None, bytes]:
+    """Return the cohort of a release and the rest of its payload: keys and signatures of the survivors come first."""
+    if plain is None:
+        return None, payload
+    if not isinstance(plain, dict):
+        raise FormatError("release.cohort: expected an object")
+    fields = {"colluders": int, "dropouts": int, "id": str, "members": int, "survivors": int}
+    colluders, dropouts, cohort_id, members, survivors = take(plain, fields, "release.cohort")
+    sizes = Resilience(members, dropouts, colluders)
+    if not sizes.least_survivors <= survivors <= members or len(payload) < survivors * (len(NO_ID) + SIGNATURE_BYTES):
+        raise FormatError("release.cohort: expected the key and the signature of each survivor")
+    keys, rest = payload[: survivors * len(NO_ID)], payload[survivors * len(NO_ID) :]
+    signatures, rest = rest[: survivors * SIGNATURE_BYTES], rest[survivors * SIGNATURE_BYTES :]
+    seal = CohortSeal(parse_hex(cohort_id, 32, "release.cohort.id"), sizes, _pieces(keys, len(NO_ID)), _pieces(signatures, SIGNATURE_BYTES))
+    return seal, rest
+
+
+def _pieces(data: bytes, size: int) -> tuple[bytes, ...]:
+    return tuple(data[start : start + size] for start in range(0, len(data), size))

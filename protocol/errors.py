@@ -24,6 +24,7 @@
     ├── Unauthorised                    exit 7
     ├── MarketUnreachable               exit 6
     │   └── UntrustedMarket             exit 7    whoever answers there is not certified by the authority that was given
+    ├── CohortAborted                   exit 7    a round of a cohort in which something does not fit: this member says nothing more in it
     ├── TrainingFailed                  exit 1    a loss that is no number: nothing was released
     ├── GuardUnreachable                exit 6    nobody answers at the guard's socket, or it turned us away
     └── CampaignFailed                  exit 1
@@ -186,6 +187,12 @@ class Unauthorised(VeilmartError):
     """The caller may not do this."""
 
     code, exit_code = "unauthorised", 7
+
+
+class CohortAborted(VeilmartError):
+    """A round of a cohort was not carried as the protocol says; the member who raises this takes no further part in it."""
+
+    code, exit_code = "cohort.aborted", 7
 
 
 class MarketUnreachable(VeilmartError):

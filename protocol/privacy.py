@@ -22,6 +22,7 @@ FEATURE_SCALE = 4096
 COUNT_STEP = 1024
 # A record adds (c, 1024) with ||c|| <= 4096: the squared sensitivity of the sum under add-or-remove-one, exactly.
 NORM_SQUARED = FEATURE_SCALE**2 + COUNT_STEP**2
+MAX_UNITS = 400_000  # of one specification: keeps every noisy sum inside int32
 
 
 class NeighbouringRelation(StrEnum):

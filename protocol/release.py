@@ -20,6 +20,7 @@ from protocol.claims import SIGNATURE_BYTES as SIGNATURE_BYTES
 from protocol.claims import AdapterReference as AdapterReference
 from protocol.claims import Card as Card
 from protocol.claims import Claims, Identified, open_claims, parse_claims
+from protocol.cohort import CohortSeal as CohortSeal
 from protocol.specification import Specification
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Release(Identified):
     adapter: AdapterReference | None
     card: Card
     simulated: bool  # made with noise that is not secret; a real market refuses it
+    cohort: CohortSeal | None = None  # where several owners released it together
 
     @cached_property
     def body(self) -> bytes:
@@ -46,7 +48,7 @@ class Release(Identified):
         return Claims(
             self.owner, self.release_number, self.previous, self.base_model, specification.map_id,
             tuple(specification.noisy_sums.tolist()), specification.noise_variance, specification.guarantee,
-            self.adapter, self.card, self.simulated,
+            self.adapter, self.card, self.simulated, self.cohort,
         ).body  # fmt: skip
 
 
@@ -70,6 +72,7 @@ def _release_of(claims: Claims) -> Release:
     release = Release(
         claims.owner, claims.release_number, claims.previous, claims.base_model,
         Specification(claims.map_id, sums, claims.noise_variance, claims.guarantee), claims.adapter, claims.card, claims.simulated,
+        claims.cohort,
     )  # fmt: skip
     release.__dict__["body"] = claims.body  # the canonical bytes are at hand: a market opens thousands of releases
     return release

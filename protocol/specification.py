@@ -13,10 +13,9 @@ from protocol.errors import FeatureNormError, FormatError
 from protocol.hazmat.noise import NoiseSource, discrete_gaussian
 from protocol.privacy import COUNT_STEP as COUNT_STEP
 from protocol.privacy import FEATURE_SCALE as FEATURE_SCALE
+from protocol.privacy import MAX_UNITS as MAX_UNITS
 from protocol.privacy import NORM_SQUARED as NORM_SQUARED
 from protocol.privacy import Guarantee, NeighbouringRelation, noise_variance
-
-MAX_UNITS = 400_000  # keeps every noisy sum inside int32
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -48,6 +48,7 @@ def _shown_receipt(receipt: Receipt) -> Shown:
         f"{claims.title}  signed by its owner {claims.owner.hex()[:16]}, release {claims.release_number} of that owner",
         f"specification: epsilon {guarantee.epsilon:g} at delta {guarantee.delta:g}, unit {guarantee.unit}"
         + (", made with SIMULATED noise: it protects nobody" if claims.simulated else ""),
+        *_cohort_lines(claims),
         f"in the log of market {receipt.market_key.hex()[:16]} at index {receipt.index} of {under.size}, root {under.root.hex()[:16]}",
     ]
     return result, lines
@@ -134,11 +135,23 @@ def _utc(seconds: int) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
+def _cohort_lines(claims: Claims) -> list[str]:
+    """Return who released it together, where several did: their signatures and the noise of their shares are verified by then."""
+    if (cohort := claims.cohort) is None:
+        return []
+    signers, sizes = ", ".join(signer.hex()[:16] for signer in claims.signers), cohort.resilience
+    return [
+        f"released together and signed by {len(claims.signers)} of {sizes.members} owners, "
+        f"their noise enough without that of any {sizes.colluders}: {signers}"
+    ]
+
+
 def _claimed(claims: Claims) -> dict[str, Any]:
     guarantee = claims.guarantee
     return {
         "release_id": claims.release_id.hex(), "title": claims.title, "owner": claims.owner.hex(), "release_number": claims.release_number,
         "epsilon": guarantee.epsilon, "delta": guarantee.delta, "unit": str(guarantee.unit), "simulated": claims.simulated,
+        "signers": [signer.hex() for signer in claims.signers],
     }  # fmt: skip
 
 

@@ -233,11 +233,13 @@ def market_log(deployment: Deployment) -> Look:
         return Look("market log", False, "the ledger does not verify")
     if deployment.published is None:
         return Look("market log", None, "no market was asked: --market and --ca")
-    there = {open_envelope(envelope).release_id for envelope in deployment.published}
-    charged = {entry.release_id for entry in entries or []}
+    from nodes.ledger import not_in
+
+    published = [open_envelope(envelope) for envelope in deployment.published]
+    there, unknown = {release.release_id for release in published}, not_in(published, entries or [], [owner_in(deployment.folder)])
     promised = {release.release_id for release in receipts(deployment.home) if release.owner == owner_in(deployment.folder)}
-    if there - charged:
-        return Look("market log", False, f"{len(there - charged)} releases in the log are not in the ledger: `veilmart node repair`")
+    if unknown:
+        return Look("market log", False, f"{len(unknown)} releases in the log are not in the ledger: `veilmart node repair`")
     if promised - there:
         return Look("market log", False, f"{len(promised - there)} releases with a receipt are not in the log that this market shows")
     return Look("market log", True, f"{len(there)} releases in the log, all of them charged; {len(promised)} receipts, all of them kept")

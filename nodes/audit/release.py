@@ -11,8 +11,8 @@ from protocol.catalogue import name_of_map
 from protocol.errors import NotAdmitted
 from protocol.features import FeatureMap
 from protocol.privacy import effective_multiplier, epsilon_at, noise_variance, renyi_epsilon, specification_event
-from protocol.release import AdapterReference, Release
-from protocol.specification import NORM_SQUARED
+from protocol.release import AdapterReference, CohortSeal, Release
+from protocol.specification import NORM_SQUARED, Specification
 
 
 def audit_release(release: Release, feature_map: FeatureMap | None, policy: AdmissionPolicy) -> list[Check]:
@@ -36,11 +36,13 @@ def audit_release(release: Release, feature_map: FeatureMap | None, policy: Admi
         Check("not simulated", not release.simulated, "the noise is secret" if not release.simulated else "its noise came from a seed"),
     ]
     try:
-        admit(specification, policy)
+        admit(specification, policy, release.cohort)
         checks.append(Check("admission", True, "an honest owner under the market's policy can have released these sums"))
     except NotAdmitted as error:
         checks.append(Check("admission", False, str(error)))
     checks.append(_residual(release))
+    if release.cohort is not None:
+        checks.append(_cohort(release.cohort, specification))
     known = feature_map is not None and feature_map.map_id == specification.map_id
     checks.append(Check("map", known, f"{name_of_map(specification.map_id)}" + ("" if known else ", which is not at hand")))
     if known and feature_map is not None:
@@ -50,6 +52,18 @@ def audit_release(release: Release, feature_map: FeatureMap | None, policy: Admi
         checks.append(Check("base model", True, named if own else f"{named}, beside the map's encoder {feature_map.base_model[:16]}"))
     checks.append(_adapter(release.adapter))
     return checks
+
+
+def _cohort(cohort: CohortSeal, specification: Specification) -> Check:
+    """Return that all who took part signed, which was verified when the envelope was opened, and what their colluding would leave."""
+    sizes, survivors = cohort.resilience, len(cohort.survivors)
+    left = (survivors - sizes.colluders) * sizes.share_variance(specification.guarantee)
+    least = noise_variance(specification.guarantee, NORM_SQUARED)
+    return Check(
+        "cohort",
+        left >= least,
+        f"{survivors} of {sizes.members} owners signed; without the noise of {sizes.colluders} of them s^2 = {left}, needed {least}",
+    )
 
 
 def _adapter(adapter: AdapterReference | None) -> Check:

@@ -114,7 +114,7 @@ def node_up(
     hide = [*places_of(data), Path.home()] if user is not None else []  # the command's own folders and the records
     path = (socket or home / "guard" / "socket").resolve()
     recipe = recipe_of(owner_policy.adapter_epsilon, owner_policy.adapter is AdapterRelease.NONE, limits.budget.delta)
-    owner = Owner(data, home=home, name=name, policy=limits, recipe=recipe, feature_map=which_map, base=base)
+    owner = Owner(data, home=home, name=name, policy=limits, recipe=recipe, feature_map=which_map, base=base, cohort=owner_policy.cohort)
 
     def make() -> Guard:  # in the worker: only there lie records, key and model
         return owner.guard
@@ -133,6 +133,7 @@ def node_up(
         desk = Desk(
             journal, owner_policy.service, ledger.released, worker.hand_over,
             schedule=owner_policy.schedule, delta=limits.budget.delta,
+            take_part=worker.take_part if owner_policy.cohort is not None else None,
         )  # fmt: skip
         worker.listen(desk.outcome)
         desk.resume()
@@ -288,6 +289,10 @@ def node_policy(
         "relay": policy.relay and {
             "askers": sorted(key.hex() for key in policy.relay.askers), "questions_per_hour": policy.relay.questions_per_hour,
             "longest_question": policy.relay.longest_question, "most_tokens": policy.relay.most_tokens,
+        },
+        "cohort": policy.cohort and {
+            "name": policy.cohort.name, "members": sorted(key.hex() for key in policy.cohort.members), "colluders": policy.cohort.colluders,
+            "rounds": policy.cohort.rounds, "minimum_units": policy.cohort.minimum_units,
         },
         "schedule": schedule and {"first": schedule.first.isoformat(), "every_days": schedule.every.days, "epsilon": schedule.epsilon},
     }  # fmt: skip

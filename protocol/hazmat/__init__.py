@@ -9,7 +9,9 @@ What is here, and what goes wrong with it:
 * `seeds`, `packing`, `embedding`   how polynomials travel and how rows become some.  All input is public.
 * `seal`    the only place that touches `tenseal`: secret keys, encryption, decryption.  Decrypted CKKS values carry noise that
             depends on the secret key: whoever sends them back to the party that made the ciphertext gives the key away in time.
+* `masks`, `sharing`   secure aggregation's streams, boxes and shares.  A stream hides one vector, once; a share is as secret as its secret.
 * `noise`   secret samples from the operating system for the specification's noise; its own docstring says what must never change.
 
-Importing this package imports none of them: all but `noise` and `seal` need `numba`, `seal` needs `tenseal`, and a market has no `tenseal`.
+Importing this package imports none of them: all but `noise`, `masks`, `sharing` and `seal` need `numba`, `seal` needs `tenseal`, and a
+market has no `tenseal`.
 """

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19protocol/wire/guard.proto\x12\x0bveilmart.v1\"P\n\x05Order\x12\x0f\n\x07\x65psilon\x18\x01 \x01(\t\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\t\x12\x17\n\x0f\x65psilon_adapter\x18\x03 \x01(\t\x12\x0e\n\x06map_id\x18\x04 \x01(\x0c\"\x0e\n\x0c\x41\x63knowledged\"\x10\n\x0e\x43ollectRequest\"\x1d\n\tCollected\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"\x0f\n\rStatusRequest\"1\n\x0bGuardStatus\x12\x0f\n\x07waiting\x18\x01 \x01(\r\x12\x11\n\tavailable\x18\x02 \x01(\x08\x32\xc1\x01\n\x05Guard\x12\x38\n\x07Request\x12\x12.veilmart.v1.Order\x1a\x19.veilmart.v1.Acknowledged\x12>\n\x07\x43ollect\x12\x1b.veilmart.v1.CollectRequest\x1a\x16.veilmart.v1.Collected\x12>\n\x06Status\x12\x1a.veilmart.v1.StatusRequest\x1a\x18.veilmart.v1.GuardStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19protocol/wire/guard.proto\x12\x0bveilmart.v1\"P\n\x05Order\x12\x0f\n\x07\x65psilon\x18\x01 \x01(\t\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\t\x12\x17\n\x0f\x65psilon_adapter\x18\x03 \x01(\t\x12\x0e\n\x06map_id\x18\x04 \x01(\x0c\"\x0e\n\x0c\x41\x63knowledged\"\x10\n\x0e\x43ollectRequest\"\x1d\n\tCollected\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"\x0f\n\rStatusRequest\"\x18\n\tCohortAsk\x12\x0b\n\x03\x61sk\x18\x01 \x01(\x0c\"\x1e\n\x0c\x43ohortAnswer\x12\x0e\n\x06\x61nswer\x18\x01 \x01(\x0c\"1\n\x0bGuardStatus\x12\x0f\n\x07waiting\x18\x01 \x01(\r\x12\x11\n\tavailable\x18\x02 \x01(\x08\x32\x80\x02\n\x05Guard\x12\x38\n\x07Request\x12\x12.veilmart.v1.Order\x1a\x19.veilmart.v1.Acknowledged\x12>\n\x07\x43ollect\x12\x1b.veilmart.v1.CollectRequest\x1a\x16.veilmart.v1.Collected\x12>\n\x06Status\x12\x1a.veilmart.v1.StatusRequest\x1a\x18.veilmart.v1.GuardStatus\x12=\n\x08TakePart\x12\x16.veilmart.v1.CohortAsk\x1a\x19.veilmart.v1.CohortAnswerb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,8 +41,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COLLECTED']._serialized_end=187
   _globals['_STATUSREQUEST']._serialized_start=189
   _globals['_STATUSREQUEST']._serialized_end=204
-  _globals['_GUARDSTATUS']._serialized_start=206
-  _globals['_GUARDSTATUS']._serialized_end=255
-  _globals['_GUARD']._serialized_start=258
-  _globals['_GUARD']._serialized_end=451
+  _globals['_COHORTASK']._serialized_start=206
+  _globals['_COHORTASK']._serialized_end=230
+  _globals['_COHORTANSWER']._serialized_start=232
+  _globals['_COHORTANSWER']._serialized_end=262
+  _globals['_GUARDSTATUS']._serialized_start=264
+  _globals['_GUARDSTATUS']._serialized_end=313
+  _globals['_GUARD']._serialized_start=316
+  _globals['_GUARD']._serialized_end=572
 # @@protoc_insertion_point(module_scope)

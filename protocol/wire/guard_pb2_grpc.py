@@ -49,6 +49,11 @@ class GuardStub(object):
                 request_serializer=protocol_dot_wire_dot_guard__pb2.StatusRequest.SerializeToString,
                 response_deserializer=protocol_dot_wire_dot_guard__pb2.GuardStatus.FromString,
                 _registered_method=True)
+        self.TakePart = channel.unary_unary(
+                '/veilmart.v1.Guard/TakePart',
+                request_serializer=protocol_dot_wire_dot_guard__pb2.CohortAsk.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_guard__pb2.CohortAnswer.FromString,
+                _registered_method=True)
 
 
 class GuardServicer(object):
@@ -74,6 +79,13 @@ class GuardServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TakePart(self, request, context):
+        """One step of a cohort's round: ask again until this owner's message is there; nothing where it takes no part, without a reason.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GuardServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -91,6 +103,11 @@ def add_GuardServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=protocol_dot_wire_dot_guard__pb2.StatusRequest.FromString,
                     response_serializer=protocol_dot_wire_dot_guard__pb2.GuardStatus.SerializeToString,
+            ),
+            'TakePart': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakePart,
+                    request_deserializer=protocol_dot_wire_dot_guard__pb2.CohortAsk.FromString,
+                    response_serializer=protocol_dot_wire_dot_guard__pb2.CohortAnswer.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -174,6 +191,33 @@ class Guard(object):
             '/veilmart.v1.Guard/Status',
             protocol_dot_wire_dot_guard__pb2.StatusRequest.SerializeToString,
             protocol_dot_wire_dot_guard__pb2.GuardStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakePart(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veilmart.v1.Guard/TakePart',
+            protocol_dot_wire_dot_guard__pb2.CohortAsk.SerializeToString,
+            protocol_dot_wire_dot_guard__pb2.CohortAnswer.FromString,
             options,
             channel_credentials,
             insecure,

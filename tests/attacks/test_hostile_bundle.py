@@ -1,7 +1,7 @@
 """A bundle that a hostile SuperLink sends: what its code gets hold of on a node, in the sandbox that we ship and without it.
 
 Denied in the sandbox: the records, the ledger, keys, other processes, every address but the SuperNode's Runtime API on loopback, and root.
-Not denied, and asserted as such: the guard's three calls, which is what a bundle is for, and replacing packages inside its own process.
+Not denied, and asserted as such: the guard's four calls, which is what a bundle is for, and replacing packages inside its own process.
 """
 
 import json

@@ -9,7 +9,7 @@ import hashlib
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,11 +20,13 @@ from nodes.adapter import Adapter
 from nodes.endpoint import Refused, parse_question
 from nodes.guard import Order
 from nodes.guard_service import order_from_wire
-from protocol import notices, sealing, transparency
+from protocol import cohort_round, notices, sealing, transparency
 from protocol.aggregation import State, aggregates_of, parse_aggregates
 from protocol.catalogue import Head, Terms, card_of, parse_cards, parse_terms, split_cards
 from protocol.claims import parse_claims
 from protocol.codec import encode, format_decimal
+from protocol.cohort import CohortSeal
+from protocol.cohort_round import Ask, Member, Roster, Step
 from protocol.encryption import EncryptedScores, MatchPlan
 from protocol.enrolment import CHECK_BYTES, PREFIX, Invite
 from protocol.errors import VeilmartError
@@ -32,12 +34,13 @@ from protocol.evidence import pack, unpack
 from protocol.features import load_map
 from protocol.notices import Kind, Notice, open_notice, sign_notice
 from protocol.proof import AnswerProof, pack_releases, unpack_releases
-from protocol.release import parse_release
+from protocol.release import Card, parse_release
 from protocol.sealing import Asked, OpeningKey, Question, Reply, Suite, open_introduction, open_question, sign_introduction
 from protocol.transparency import Checkpoint, Receipt, open_checkpoint, origin_of, sign_checkpoint
 from protocol.wire import guard_pb2 as pb
 from protocol.witness import Witness, cosign, cosigned_at
 from tests.nodes.test_adapter import BASE, adapter, tensors
+from tests.protocol.cohorts import cohort_of, owners, public
 from tests.protocol.test_sealing import introduction
 from tests.protocol.worlds import ADAPTER, release_of, small_map
 
@@ -105,9 +108,20 @@ SMALL = adapter(tensors=tensors(layers=range(3, 4)), last_layer=3).to_bytes()
 BODY = b'{"model":"notes@7c1f0a2b","messages":[{"role":"user","content":"pt c/o chest pain"}],"max_tokens":16,"stream":false}'
 REPLY_KEY = OpeningKey.generate(Suite.X25519).public
 CONTENT = encode(sealing.QUESTION, {"signed": 0, "text": "pt c/o chest pain", "tokens": 8}, bytes(32) + REPLY_KEY)
+KEYS = owners(3)
+COHORT = cohort_of(KEYS)
+ADVERTS = tuple(Member(COHORT, key).advertise() for key in KEYS)
+SEAL = CohortSeal(COHORT.cohort_id, COHORT.resilience, tuple(sorted(map(public, KEYS))), (bytes(64),) * 3)
+TOGETHER = replace(
+    RELEASE, owner=SEAL.survivors[0], adapter=None, card=Card("joint"), cohort=SEAL,
+    specification=replace(RELEASE.specification, noise_variance=SEAL.noise_variance(COHORT.guarantee)),
+)  # fmt: skip
 
 PARSERS = {
     "release": Parser(RELEASE.body, parse_release, lambda release: release.body),
+    "release of a cohort": Parser(TOGETHER.body, parse_release, lambda release: release.body),
+    "step of a cohort": Parser(Ask(Step.SHARE, COHORT, ADVERTS).to_bytes(), Ask.from_bytes, Ask.to_bytes),
+    "advertisement of a cohort's member": Parser(ADVERTS[0], lambda data: Roster.of(COHORT, [data, *ADVERTS[1:]]), None),
     "aggregates": Parser(AGGREGATES, parse_aggregates, lambda made: made.body),
     "claims": Parser(RELEASE.body, parse_claims, lambda claims: claims.body),
     "terms": Parser(TERMS, parse_terms, lambda terms: terms.body),
@@ -177,6 +191,7 @@ def unsigned(monkeypatch):
     """Whoever signed it: what comes behind the signature is looked at."""
     for module in (notices, sealing):
         monkeypatch.setattr(module, "_verify", lambda *args: None)
+    monkeypatch.setattr(cohort_round, "verify_signature", lambda *args: None)
 
 
 def feed(parser: Parser, count: int, seed: int) -> int:

@@ -18,10 +18,12 @@ from nodes.audit.specification import audit_specification, our_mechanism
 from nodes.command import build
 from protocol import specification as specifications
 from protocol.admission import LENIENT
+from protocol.cohort import CohortSeal
 from protocol.hazmat.noise import discrete_gaussian, operating_system
 from protocol.privacy import Guarantee, PoissonSampledGaussian, PrivateTraining, noise_variance, renyi_epsilon
 from protocol.release import AdapterReference, Release, sign_release
 from protocol.specification import COUNT_STEP, FEATURE_SCALE, NORM_SQUARED, quantise
+from tests.protocol.cohorts import cohort_of, owners
 from tests.protocol.worlds import envelope_of, release_of, small_map
 
 ONE, FOUR = Guarantee(1.0, 1e-6), Guarantee(4.0, 1e-6)
@@ -215,6 +217,20 @@ def checks_of(release: Release) -> dict[str, bool]:
 
 def test_an_honest_release_passes():
     assert all(checks_of(release_of(MAP, Ed25519PrivateKey.generate())).values())
+
+
+def test_an_audit_says_what_colluders_would_leave_of_a_cohorts_noise():
+    cohort = cohort_of(owners(10), dropouts=2, colluders=4)
+    seal = CohortSeal(cohort.cohort_id, cohort.resilience, cohort.members[:9], (bytes(64),) * 9)
+    alone = release_of(MAP, Ed25519PrivateKey.generate(), count=2000)
+    specification = replace(alone.specification, noise_variance=seal.noise_variance(ONE))
+    checks = {check.name: check for check in audit_release(replace(alone, specification=specification, cohort=seal), MAP, LENIENT)}
+    assert all(check.holds for check in checks.values())
+    # Nine of ten signed: five shares of a quarter are left where four collude.
+    assert checks["cohort"].evidence.startswith("9 of 10 owners signed; without the noise of 4 of them")
+    assert f"s^2 = {5 * cohort.resilience.share_variance(ONE)}, needed {noise_variance(ONE, NORM_SQUARED)}" in checks["cohort"].evidence
+    # The control: the same noise, and nobody's shares to explain it.
+    assert not checks_of(replace(alone, specification=specification))["admission"]
 
 
 def test_what_is_wrong_with_a_release_is_named():

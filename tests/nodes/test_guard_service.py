@@ -9,23 +9,28 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from market_node.cohort import convene
 from nodes.base_model import BaseModel
 from nodes.guard import Order, reach
 from nodes.guard_service import OPTIONS, Desk, SocketGuard, _fields, order_from_wire, order_of, serving
 from nodes.journal import Journal, read
 from nodes.ledger import Budget, Ledger, in_use
 from nodes.policy import Schedule, Service
+from protocol.cohort_round import Ask, Cohort, Step
 from protocol.errors import FormatError, GuardUnreachable, UsageError
+from protocol.keys import signing_key
 from protocol.privacy import Guarantee
 from protocol.release import open_envelope
 from protocol.wire import guard_pb2 as pb
 from protocol.wire.guard_pb2_grpc import GuardStub
 from tests.nodes.guard_processes import events, gone, guard_process, journal_of, run, wait_for, worker_of, write_policy
-from tests.nodes.owners import MARKER, write_records
+from tests.nodes.owners import MARKER, tiny_map, write_records
+from tests.protocol.cohorts import cohort_of, owners
 
 ONE = Order(Guarantee(1.0, 1e-6))
 
@@ -186,6 +191,92 @@ def test_an_order_is_the_same_on_the_wire_and_in_the_journal(tmp_path, most):
     for bad in ("nan", "0.0", "-1.0", "inf", "8", "none"):
         with pytest.raises(FormatError):
             order_from_wire(pb.Order(epsilon="1.0", delta="1e-06", epsilon_adapter=bad))
+
+
+def step_of(step, **how):
+    return Ask(step, cohort_of(owners(3), **how)).to_bytes()
+
+
+def test_a_step_of_a_cohort_is_handed_over_once_and_masked_numbers_show_at_a_slot(tmp_path):
+    futures = []
+
+    def take_part(ask):
+        futures.append(Future())
+        return futures[-1]
+
+    desk, _, journal = make_desk(tmp_path, take_part=take_part)
+    assert [desk.take_part(step_of(Step.ADVERTISE)) for _ in range(3)] == [b""] * 3
+    assert desk.take_part(step_of(Step.MASK)) == b""
+    assert len(futures) == 2
+    for future, answer in zip(futures, (b"keys", b"numbers"), strict=True):
+        future.set_result([answer])
+    # Keys take a time that tells nothing; how long the numbers take depends on how many records there are.
+    assert desk.take_part(step_of(Step.ADVERTISE)) == b"keys"
+    assert desk.take_part(step_of(Step.MASK)) == b""
+    desk.slot()
+    assert desk.take_part(step_of(Step.MASK)) == b"numbers"
+    noted = [(entry.event, entry.fields.get("step")) for entry in read(tmp_path / "journal.jsonl")]
+    assert noted == [("cohort", "advertise"), ("cohort", "mask")]
+    journal.close()
+
+
+def test_a_refused_step_looks_like_one_that_is_being_taken(tmp_path):
+    refused, waits = Future(), Future()
+    refused.set_result([b""])
+    answers = iter([refused, waits])
+    desk, _, journal = make_desk(tmp_path, take_part=lambda ask: next(answers))
+    assert {desk.take_part(step_of(Step.ADVERTISE, round_id=bytes([n]) * 32)) for n in (1, 2) for _ in range(2)} == {b""}
+    assert desk.take_part(b"no step") == b""
+    assert [entry.event for entry in read(tmp_path / "journal.jsonl")] == ["cohort", "cohort", "malformed"]
+    journal.close()
+    (tmp_path / "none").mkdir()
+    desk, _, journal = make_desk(tmp_path / "none")
+    assert desk.take_part(step_of(Step.ADVERTISE)) == b""
+    assert read(tmp_path / "none" / "journal.jsonl") == []
+    journal.close()
+
+
+def test_steps_of_cohorts_count_as_orders_do(tmp_path):
+    asked = []
+    desk, _, journal = make_desk(
+        tmp_path, service=Service(orders_per_hour=5), take_part=lambda ask: asked.append(ask) or Future(), clock=lambda: 0.0
+    )
+    for number in range(9):
+        assert desk.take_part(step_of(Step.ADVERTISE, round_id=bytes([number]) * 32)) == b""
+    assert len(asked) == 5
+    journal.close()
+
+
+@pytest.mark.slow
+def test_three_guards_as_processes_release_together_and_their_sockets_carry_no_number_of_theirs(tmp_path, tiny_model_directory):
+    homes = [tmp_path / f"home-{number}" for number in range(3)]
+    keys = [signing_key(home / "node" / "owner.key").public_key().public_bytes_raw() for home in homes]
+    feature_map, guards, carried = tiny_map(BaseModel.open(tiny_model_directory)), {}, []
+    with contextlib.ExitStack() as stack:
+        for number, (home, own) in enumerate(zip(homes, keys, strict=True)):
+            others = [key.hex() for key in keys if key != own]
+            table = f'[cohort]\nname = "joint"\nmembers = {json.dumps(others)}\ncolluders = 0\n'
+            policy = write_policy(tmp_path / f"policy-{number}.toml", more=table)
+            records = write_records(tmp_path / f"notes-{number}.jsonl", 20, f"wool{number}")
+            guards[own], _, _ = stack.enter_context(guard_process(home, records, tiny_model_directory, policy))
+
+        def exchange(step, asks):
+            answers = {member: wait_for(lambda member=member, ask=ask: guards[member].take_part(ask)) for member, ask in asks.items()}
+            carried.extend([*asks.values(), *answers.values()])
+            return answers
+
+        cohort = Cohort(
+            bytes(32), os.urandom(32), feature_map.map_id, bytes.fromhex(feature_map.base_model), feature_map.dimension,
+            Guarantee(1.0, 1e-6), "joint", tuple(sorted(keys)), 0, 0,
+        )  # fmt: skip
+        release = open_envelope(convene(cohort, exchange))
+    assert release.signers == tuple(sorted(keys))
+    for home in homes:
+        origins = [str(entry.origin) for entry in ledger_of(home).entries()]
+        assert origins.count("cohort") == 1
+        assert [entry["step"] for entry in journal_of(home) if entry["event"] == "cohort"][:6] == [str(step) for step in list(Step)[:6]]
+    assert not any(MARKER.encode() in message for message in carried)
+    assert MARKER not in "".join((tmp_path / f"{home.name}.log").read_text() for home in homes)
 
 
 def test_a_refused_order_looks_like_one_that_is_being_served(tmp_path):

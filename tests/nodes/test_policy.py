@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from nodes.cohort import CohortRules
 from nodes.policy import EXAMPLE, AdapterRelease, RelayRules, read_policy
 from protocol.errors import UsageError
 from protocol.privacy import MAX_EPSILON
@@ -20,12 +21,13 @@ def test_the_example_has_every_key_and_is_read(tmp_path):
     assert (policy.limits.budget.epsilon, policy.limits.minimum_records, policy.adapter) == (4.0, 100, AdapterRelease.RELAY)
     assert (policy.service.slot_s, policy.service.orders_per_hour, policy.schedule.every.days) == (3600, 60, 30)
     assert policy.relay == RelayRules()
+    assert policy.cohort == CohortRules("joint-notes", frozenset())
 
 
 def test_what_is_left_out_is_careful(tmp_path):
     policy = policy_of(tmp_path, "[specification]\nepsilon_for_life = 2.0\n")
     assert (policy.adapter, policy.service.slot_s, policy.schedule, policy.service.uids) == (AdapterRelease.NONE, 3600, None, frozenset())
-    assert policy.relay is None
+    assert (policy.relay, policy.cohort) == (None, None)
 
 
 MISTAKES = {
@@ -44,6 +46,10 @@ MISTAKES = {
     "askers that are no keys": ("askers = []", 'askers = ["city"]', "relay.askers"),
     "no questions": ("questions_per_hour = 60", "questions_per_hour = 0", "relay.questions_per_hour"),
     "answers without end": ("most_tokens = 256", "most_tokens = 4096", "relay.most_tokens"),
+    "a cohort with a path for a name": ('name = "joint-notes"', 'name = "../x"', "cohort"),
+    "members that are no keys": ("members = []", 'members = ["city"]', "cohort.members"),
+    "fewer colluders than none": ("colluders = 1", "colluders = -1", "cohort.colluders"),
+    "a cohort of persons": ('unit = "record"', 'unit = "person"', "cohort.name"),
     "no date": ("first = 2027-01-01", 'first = "soon"', "schedule.first"),
     "a schedule beyond the limit": ("epsilon = 0.5", "epsilon = 1.5", "schedule.epsilon"),
     "a population that is a path": ('name = "default"', 'name = "../x"', "population.name"),
