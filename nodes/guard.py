@@ -615,7 +615,9 @@ class Reachable(Protocol):
         """Return the newest visible envelope, or None."""
         ...
 
-    def take_part(self, ask: bytes) -> bytes: ...
+    def take_part(self, ask: bytes) -> bytes:
+        """Return this owner's message for a step of a cohort's round."""
+        ...
 
 
 _LOCAL_GUARDS: dict[str, Reachable] = {}

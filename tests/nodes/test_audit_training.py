@@ -288,7 +288,7 @@ def test_an_adapter_in_a_file_is_attacked_by_the_command(command, tmp_path, acti
     for path, part in ((members, RECORDS[::2]), (strangers, RECORDS[1::2])):
         path.write_text("".join(json.dumps({"prompt": one.prompt, "response": one.response}) + "\n" for one in part))
     file = tmp_path / "adapter.safetensors"
-    for label, expected in (("none", (0, False)), (str(CLAIM), (7, True))):
+    for label, expected in (("none", (0, False)), (str(CLAIM), (4, True))):
         file.write_bytes(replace(unprotected, guarantee=label).to_bytes())
         code, found = command("--adapter", str(file), "--strangers", str(strangers), "--data", str(members))
         assert (code, found["refuted"]) == expected

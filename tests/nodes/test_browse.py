@@ -206,8 +206,11 @@ def liar(tmp_path, monkeypatch):
 
 def publish(address, ca, home) -> None:
     with MarketClient(address, ca, home) as client:
+        previous = b""
         for release in RELEASES[:3]:
-            client.publish(sign_release(release, OWNER))
+            chained = replace(release, previous=previous)
+            client.publish(sign_release(chained, OWNER))
+            previous = chained.release_id
 
 
 def test_forged_aggregates_are_found_out_by_recomputing(liar, tmp_path, capsys):
