@@ -7,7 +7,7 @@ from importlib.resources import files
 
 STYLE = """
 body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }
+body { margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
 svg { display: block; height: auto; max-width: 100%; }
 svg text { fill: var(--ink); font: 13px system-ui, sans-serif; }
 svg .soft { fill: var(--soft); } svg .grid { stroke: var(--grid); } svg .lead { stroke: var(--soft); stroke-width: .7; }
