@@ -21,6 +21,7 @@ from protocol.claims import AdapterReference as AdapterReference
 from protocol.claims import Card as Card
 from protocol.claims import Claims, Identified, open_claims, parse_claims
 from protocol.specification import Specification
+from protocol.window import Window
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -38,6 +39,7 @@ class Release(Identified):
     adapter: AdapterReference | None
     card: Card
     simulated: bool  # made with noise that is not secret; a real market refuses it
+    window: Window  # when it holds
 
     @cached_property
     def body(self) -> bytes:
@@ -46,7 +48,7 @@ class Release(Identified):
         return Claims(
             self.owner, self.release_number, self.previous, self.base_model, specification.map_id,
             tuple(specification.noisy_sums.tolist()), specification.noise_variance, specification.guarantee,
-            self.adapter, self.card, self.simulated,
+            self.adapter, self.card, self.simulated, self.window,
         ).body  # fmt: skip
 
 
@@ -70,6 +72,7 @@ def _release_of(claims: Claims) -> Release:
     release = Release(
         claims.owner, claims.release_number, claims.previous, claims.base_model,
         Specification(claims.map_id, sums, claims.noise_variance, claims.guarantee), claims.adapter, claims.card, claims.simulated,
+        claims.window,
     )  # fmt: skip
     release.__dict__["body"] = claims.body  # the canonical bytes are at hand: a market opens thousands of releases
     return release

@@ -215,7 +215,7 @@ def _terms(found: Found, match: Match) -> dict[str, Any]:
     return {
         "unit": str(guarantee.unit), "epsilon": guarantee.epsilon, "delta": guarantee.delta, "licence": terms.licence,
         "base_model": terms.base_model.hex(), "adapter_size_class": terms.adapter_class,
-        "adapter_guarantee": terms.adapter_guarantee or None,
+        "adapter_guarantee": terms.adapter_guarantee or None, **terms.window.dates,
     }  # fmt: skip
 
 
