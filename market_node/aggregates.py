@@ -16,6 +16,7 @@ import numpy as np
 
 from market_node.events import Aggregated, tell
 from market_node.store import Store
+from protocol import aggregation
 from protocol.aggregation import NUMBERS, State, Totals, aggregate, domain_of, shares_of, sign_aggregates
 from protocol.features import FeatureMap
 from protocol.notices import open_notice
@@ -82,11 +83,11 @@ class Running:
             self._standing[position] = False
             self._totals.remove(self._domains[position], self._shares[position])
 
-    def body(self, state: State) -> bytes:
-        """Return the canonical bytes of the aggregates at the state that was followed to."""
+    def made(self, state: State) -> aggregation.Aggregates:
+        """Return the aggregates at the state that was followed to."""
         there = [position for position, stands in enumerate(self._standing) if stands]
         titles, domains = [self._titles[at] for at in there], [self._domains[at] for at in there]
-        return aggregate(self._totals, self._shares[there], titles, domains, state).body
+        return aggregate(self._totals, self._shares[there], titles, domains, state)
 
 
 class Aggregates:
@@ -114,7 +115,7 @@ class Aggregates:
         started = self._clock()
         self._running.follow(size, notices)
         state = State(self._map_id, size, root, len(notices), notices_root)
-        body = self._running.body(state)
+        body = self._running.made(state).body
         signed = Signed(body, sign_aggregates(body, self._key))
         took = self._clock() - started
         self._rests_until = self._clock() + max(LEAST_PAUSE_S, PAUSE_FACTOR * took)

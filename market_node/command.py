@@ -80,6 +80,10 @@ def up(
     metrics: Annotated[
         str, typer.Option("--metrics", metavar="[HOST:]PORT", help="Let Prometheus read counts on loopback; 0 picks a free port.")
     ] = "",
+    page: Annotated[
+        str, typer.Option("--page", metavar="[HOST:]PORT", help="Where a process of its own serves the market's page; 0 picks a free port.")
+    ] = "7480",
+    no_page: Annotated[bool, typer.Option("--no-page", help="Serve no page.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line when ready.")] = False,
 ) -> None:
     """Run a market until it is interrupted.
@@ -116,7 +120,7 @@ def up(
             value = {
                 "schema": "veilmart.market/1", "address": started.address, "ca": str(started.ca), "market_key": started.market_key.hex(),
                 "releases": started.releases, "simulation": simulation, "superlink": started.superlink, "members": started.members,
-                "metrics": started.metrics,
+                "metrics": started.metrics, "page": started.page,
             }  # fmt: skip
             sys.stdout.write(json.dumps(value) + "\n")
         else:
@@ -126,6 +130,7 @@ def up(
                 + (f"members publish at {started.members}, under certificates: clients find it by themselves\n" if started.members else "")
                 + (f"SuperLink {started.superlink}, on this machine only: docs/deploy/ has the proxy\n" if started.superlink else "")
                 + (f"metrics http://{started.metrics}/metrics, on this machine only\n" if started.metrics else "")
+                + (f"page {started.page}\n" if started.page else "")
             )
         sys.stdout.flush()
 
@@ -142,7 +147,31 @@ def up(
         market_home, host, port, open_map(which_map), policy,
         simulation=simulation, names=tuple(name or ()), witnesses=witnesses, ready=ready, beside=beside,
         everybody=everybody or simulation, fleet=fleet, metrics=metrics, limits=limits, members_port=members_port,
+        page="" if no_page else page, page_map=which_map,
     )  # fmt: skip
+
+
+def web(
+    home: Home,
+    page: Annotated[str, typer.Option("--page", metavar="[HOST:]PORT", help="Where to serve; 0 picks a free port.")] = "7480",
+    which_map: Annotated[
+        str, typer.Option("--map", envvar="VEILMART_MAP", help="Feature map of this market: a name that ships with veilmart, or a file.")
+    ] = "kme-lin-96",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line when ready.")] = False,
+) -> None:
+    """Serve the page of the market in this folder until it is interrupted; its database is read, never written.
+
+    `market up` does this by itself.  Alone it serves a market that runs with --no-page, or a backup.
+
+    Example: veilmart market web --page 7480
+    """
+    from market_node.page import serving
+
+    def ready(address: str) -> None:
+        sys.stdout.write(json.dumps({"schema": "veilmart.web/1", "page": address}) + "\n" if as_json else f"page {address}\n")
+        sys.stdout.flush()
+
+    serving.serve(home / "market", page, which_map, market_key=None, ready=ready)
 
 
 def invite(
@@ -431,6 +460,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Run a market.", no_args_is_help=True)
     group.callback()(_group)
     group.command("up")(up)
+    group.command("web")(web)
     group.command("invite")(invite)
     group.command("members")(members)
     group.command("health")(health)

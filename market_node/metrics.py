@@ -6,14 +6,16 @@ call.  What a stranger chooses (a method that does not exist, metadata, a field)
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest, start_http_server
 
 from protocol.errors import UsageError
 from protocol.health import SERVICE
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 CALLS = tuple(method.name for method in market_pb2.DESCRIPTOR.services_by_name["Market"].methods)
 OUTCOMES = tuple(code.name for code in grpc.StatusCode)
+COUNTS = "counts.prom"  # the newest counts, in a market's folder
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
 
 
@@ -101,24 +104,49 @@ class Metrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             self._seconds.labels(call).observe(time.perf_counter() - started)
 
 
+async def keep_written(metrics: Metrics, home: Path, every_s: float = 10.0) -> None:
+    """Write the counts beside the database for as long as this runs, for the page, which is a process of its own."""
+    path, half = home / COUNTS, home / f".{COUNTS}"
+
+    def write() -> None:
+        with suppress(OSError):  # a full disk: the page says that it knows nothing new
+            half.write_bytes(generate_latest(metrics.registry))
+            half.replace(path)
+
+    try:
+        while True:
+            await asyncio.to_thread(write)
+            await asyncio.sleep(every_s)
+    finally:
+        path.unlink(missing_ok=True)  # a market that stopped counts nothing
+
+
+def host_and_port(address: str, option: str) -> tuple[str, int]:
+    """Return host and port of PORT or HOST:PORT, loopback where no host is named; raise UsageError for anything else."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not port.isdecimal() or not 0 <= int(port) <= 65535:
+        raise UsageError(f"{option}: expected PORT or HOST:PORT, got {address!r}")
+    return "127.0.0.1" if host in ("", "localhost") else host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def loopback(address: str) -> tuple[str, int]:
     """Return host and port of PORT or HOST:PORT; raise UsageError unless the host is this machine alone.
 
     Metrics have no password, and tell whoever reads them every second which call came when.
     """
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    if host in ("", "localhost"):
-        host = "127.0.0.1"
-    try:
-        alone = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        alone = False
-    if not port.isdecimal() or not 0 <= int(port) <= 65535:
-        raise UsageError(f"--metrics: expected PORT or HOST:PORT, got {address!r}")
-    if not alone:
+    host, port = host_and_port(address, "--metrics")
+    if not is_loopback(host):
         raise UsageError(f"--metrics: expected an address of loopback, got {host}", hint="a collector on this machine reads 127.0.0.1")
-    return host, int(port)
+    return host, port
 
 
 @contextmanager

@@ -64,6 +64,7 @@ class Started:
     superlink: str = ""  # where the SuperLink listens on loopback, if there is one
     members: str = ""  # where members' calls are taken, under certificates, if not at `address`
     metrics: str = ""  # where Prometheus reads, on loopback, if anybody wants it
+    page: str = ""  # of the market's page, which a process of its own serves
 
 
 @contextmanager
@@ -95,6 +96,8 @@ async def serve(
     metrics: str = "",
     limits: Limits = UNLIMITED,
     members_port: int | None = None,
+    page: str = "",
+    page_map: str = "",
 ) -> None:
     """Serve until SIGTERM or SIGINT; `ready` is called once with the address when the port is open.
 
@@ -102,13 +105,17 @@ async def serve(
     fleet: where SuperNodes connect, as enrolled owners are told; by default the SuperLink's own address.
     metrics: [HOST:]PORT of loopback where Prometheus reads; "" for nowhere.  limits: what one owner may hand in within a day.
     members_port: where members' calls are taken, under certificates; None: at the one port, on their signatures.
+    page: [HOST:]PORT of the page, a process of its own; "" for none.  page_map: name or file of the map, for that process.
     """
     if members_port is not None and everybody:
         raise UsageError("--members-port: this market takes releases of everybody", hint="leave out --open and --simulation, or the port")
-    if metrics:
-        from market_node.metrics import loopback
+    if metrics or page:
+        from market_node.metrics import host_and_port, loopback
 
+    if metrics:
         loopback(metrics)  # before there is a folder
+    if page:
+        host_and_port(page, "--page")
     with only_market(home), ExitStack() as stack:
         doors = Doors(home, (*names, *(() if host in ("0.0.0.0", "::") else (host,))))
         identity = doors.identity
@@ -146,7 +153,7 @@ async def serve(
             quotas=quotas, gate=gate,
         )  # fmt: skip
         counted, scrape = None, ""
-        if metrics:
+        if metrics or page:
             from market_node.metrics import Metrics
 
             counted = Metrics()
@@ -156,12 +163,13 @@ async def serve(
         health = Health()
         add_HealthServicer_to_server(health, server)
         looking: asyncio.Task[None] | None = None
+        writing: asyncio.Task[None] | None = None
         shown = f"[{host}]" if ":" in host else host
         try:
             bound = _listen(server, f"{shown}:{port}", doors.credentials(members=False))
             if gate is not None:
                 gate.port = _listen(server, f"{shown}:{gate.port}", doors.credentials(members=True))
-            if counted is not None:
+            if counted is not None and metrics:
                 from market_node.metrics import scraped
 
                 scrape = stack.enter_context(scraped(counted, metrics))
@@ -178,11 +186,19 @@ async def serve(
             where = await asyncio.to_thread(stack.enter_context, beside()) if beside is not None else ""
             write_durably(home / ADDRESS, f"{shown}:{bound}\n".encode(), 0o644)  # `market invite` puts it into invites
             at = f"{shown}:{gate.port}" if gate is not None else ""
-            ready(Started(f"{shown}:{bound}", identity.ca_file, public, store.head().size, where, at, scrape))
+            web = ""
+            if page and counted is not None:
+                from market_node.metrics import keep_written
+                from market_node.page import serving
+
+                writing = asyncio.create_task(keep_written(counted, home))
+                web = stack.enter_context(serving.beside(home, page, page_map, public))
+            ready(Started(f"{shown}:{bound}", identity.ca_file, public, store.head().size, where, at, scrape, web))
             await stop.wait()
         finally:
-            if looking is not None:
-                looking.cancel()
+            for task in (looking, writing):
+                if task is not None:
+                    task.cancel()
             health.stop()  # before the port closes: who watches turns to another market while calls in flight still end here
             service.hang_up()
             await server.stop(GRACE_S)
@@ -235,6 +251,8 @@ def run(
     metrics: str = "",
     limits: Limits = UNLIMITED,
     members_port: int | None = None,
+    page: str = "",
+    page_map: str = "",
 ) -> None:
     """Serve in this process, with its log on stderr."""
     write_events(sys.stderr)
@@ -255,5 +273,7 @@ def run(
             metrics=metrics,
             limits=limits,
             members_port=members_port,
+            page=page,
+            page_map=page_map,
         )
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 from sqlalchemy import (
     Column,
@@ -31,8 +32,9 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.exc import DatabaseError
+from sqlalchemy.pool import QueuePool
 
-from market_node.migrations import MARKET, upgrade
+from market_node.migrations import MARKET, require_newest, upgrade
 from protocol.catalogue import (
     EMPTY_CATALOGUE,
     EMPTY_HEAD,
@@ -191,6 +193,16 @@ class Store:
         engine = _engine(home)
         with _readable(home):
             upgrade(engine, MARKET)
+        return cls(engine, home)
+
+    @classmethod
+    def reading(cls, home: Path) -> Store:
+        """Return the store of a market that may be running, opened so that nothing can be written; raise NotFound where there is none."""
+        if not (home / "market.db").exists():
+            raise NotFound(f"{home}: no market here yet", hint="`veilmart market up` makes one")
+        engine = reading_engine(home)
+        with _readable(home):
+            require_newest(engine, MARKET)
         return cls(engine, home)
 
     def require_map(self, feature_map: FeatureMap) -> None:
@@ -548,6 +560,20 @@ def read_chunks(path: Path, size: int) -> Iterator[bytes]:
 def _engine(home: Path) -> Engine:
     engine = create_engine(f"sqlite:///{home / 'market.db'}", hide_parameters=True)  # they would reach the log in an error's text
     event.listen(engine, "connect", configure)
+    event.listen(engine, "begin", begin)
+    return engine
+
+
+def reading_engine(home: Path) -> Engine:
+    """Return an engine for a market's database that SQLite itself keeps from writing, whatever is asked of it."""
+    address = f"file:{quote(str((home / 'market.db').absolute()))}?mode=ro"
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(address, uri=True, check_same_thread=False, isolation_level=None)
+        connection.execute("PRAGMA busy_timeout=10000")
+        return connection
+
+    engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool, hide_parameters=True)
     event.listen(engine, "begin", begin)
     return engine
 

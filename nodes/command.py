@@ -35,6 +35,7 @@ from nodes.commands import (
     show,
     simulation,
     train,
+    ui,
     withdraw,
 )
 from nodes.commands.kinds import dress, silence_progress
@@ -60,9 +61,8 @@ def register(app: typer.Typer) -> None:
     # The market's side may have made a group of the same name already.
     groups = {group.name: group.typer_instance for group in app.registered_groups if group.name and group.typer_instance}
     modules = (
-        simulation, find, browse, show, reuse, explain, log, audit, audit_owner, parts, publish, withdraw, train, guard, join, certificate,
-        ledger, models, market, configuration, doctor,
-        paths,
+        simulation, find, browse, show, reuse, ui, explain, log, audit, audit_owner, parts, publish, withdraw, train, guard, join,
+        certificate, ledger, models, market, configuration, doctor, paths,
     )  # fmt: skip
     for module in modules:
         for words, function in module.COMMANDS.items():

@@ -9,17 +9,20 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nodes.records import Pair
-from nodes.reuse.calibration import Progress, calibrate_alpha, calibrate_tau
+from nodes.records import Pair, Record
+from nodes.reuse.calibration import Progress, answered, calibrate_alpha, calibrate_tau, halves
 from nodes.reuse.choice import Choice
 from nodes.reuse.decoding import Voice
 from nodes.reuse.strategies import WITH_SPECIALIST, Assistant, Mixing, Part, Strategy, Wish, assemble
+from protocol.errors import UsageError
 
 if TYPE_CHECKING:
     from nodes.base_model import BaseModel
+    from nodes.querier import Querier
 
 SHORT_ANSWER_TOKENS = 16  # a task whose responses are mostly no longer has an exact match to count
 
@@ -42,6 +45,56 @@ class Row:
     epsilon_specification: float | None  # largest of the specifications that it was chosen by
     guarantee_adapter: str | None  # "none": training gave no guarantee, so what the owners spent in total is unbounded
     settings: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """Every strategy that could be made of what is there, and on how many records it was calibrated and scored."""
+
+    rows: tuple[Row, ...]
+    choice: Choice
+    calibrated_on: int
+    scored_on: int
+    device: str
+
+
+def compare_on(
+    querier: Querier,
+    records: Sequence[Record],
+    name: str,
+    learnwares: Sequence[str] = (),
+    *,
+    larger: Path | None = None,
+    several: int = 3,
+    tokens: int = 40,
+    nothing_leaves: bool = False,
+) -> Comparison:
+    """Return the comparison on a querier's records; `name` is their file's.
+
+    learnwares: those to use, else up to `several` that suit the calibrating half.  Raises RecordError for records that cannot be scored,
+    and what `Querier.check` and `Querier.choose` raise.
+    """
+    calibration, scored = halves(answered(records, name, 2))
+    if not scored:
+        raise UsageError(f"{name}: expected at least two different records")
+    wanted = [Strategy.SINGLE, *([Strategy.LARGER] if larger else [])]
+    querier.check(wanted, learnwares, with_task=True, larger=larger, nothing_leaves=nothing_leaves)
+    choice = querier.choose(learnwares, calibration, several=several)
+    large = querier.larger_model(larger) if larger else None
+    assistants = lineup(querier.model, choice, large, calibration, tokens, querier.on_progress)
+    rows = compare(assistants, scored, tokens, querier.on_progress)
+    return Comparison(tuple(rows), choice, len(calibration), len(scored), querier.model.device)
+
+
+def comparison_to_json(found: Comparison) -> dict[str, Any]:
+    """Return a comparison as `compare --json` prints it."""
+    choice = found.choice
+    return {
+        "schema": "veilmart.compare/1", "calibrated_on": found.calibrated_on, "scored_on": found.scored_on, "device": found.device,
+        "learnwares": [{"title": one.title, "weight": weight} for one, weight in zip(choice.specialists, choice.weights, strict=True)],
+        "why": choice.why, "left_site": list(choice.left_site), "pareto_front": [row.name for row in pareto_front(found.rows)],
+        "strategies": [asdict(row) for row in found.rows],
+    }  # fmt: skip
 
 
 def lineup(

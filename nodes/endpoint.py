@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import logging
 import os
@@ -22,17 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nodes.loopback import hosts_of, make_server, run, same_secret
 from nodes.reuse.strategies import Answer, Assistant
 from protocol.errors import Unauthorised, UsageError, VeilmartError
 
 if TYPE_CHECKING:
-    import uvicorn
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
 
-HOST = "127.0.0.1"
-HOST_NAMES = (HOST, "localhost")
 MAX_BODY_BYTES = 1 << 20
 MAX_MESSAGES = 256
 MAX_WAITING = 8  # requests that wait for their turn; one answer is decoded at a time
@@ -63,19 +60,6 @@ def read_token(path: Path) -> str:
     if len(token) < MIN_TOKEN_BYTES or not token.isascii() or any(character.isspace() for character in token):
         raise UsageError(f"{path}: expected a token of at least {MIN_TOKEN_BYTES} ASCII characters without blanks")
     return token
-
-
-def bind(port: int) -> socket.socket:
-    """Return a socket on loopback; raise UsageError if the port is taken.  Port 0 takes a free one."""
-    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((HOST, port))
-        bound.listen(64)
-    except OSError as error:
-        bound.close()
-        raise UsageError(f"--port: {port} cannot be used ({error.strerror})", hint="--port 0 takes a free one") from None
-    return bound
 
 
 class Refused(Exception):
@@ -169,8 +153,7 @@ def application(assistants: Mapping[str, Assistant], token: str, port: int) -> S
     from starlette.applications import Starlette
     from starlette.routing import Route
 
-    hosts = frozenset({*(f"{name}:{port}" for name in HOST_NAMES), *(HOST_NAMES if port == 80 else ())})
-    served = _Served(assistants, token.encode(), hosts, asyncio.Semaphore(1), [0], int(time.time()))
+    served = _Served(assistants, token.encode(), hosts_of(port), asyncio.Semaphore(1), [0], int(time.time()))
 
     def guarded(handler: Callable[[Request, _Served], Any]) -> Callable[[Request], Any]:
         async def handle(request: Request) -> Response:
@@ -200,7 +183,7 @@ def _admit(request: Request, served: _Served) -> None:
     if request.headers.get("host", "").lower() not in served.hosts:
         raise Refused(421, "host: this endpoint answers to its loopback address only")
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), served.token):
+    if scheme.lower() != "bearer" or not same_secret(given.strip(), served.token):
         raise Refused(401, "authorization: expected the bearer token of this endpoint's token file", "authentication_error")
 
 
@@ -375,18 +358,6 @@ def provenance(answer: Answer) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_server(assistants: Mapping[str, Assistant], token: str, port: int) -> uvicorn.Server:
-    """Return the HTTP server of an endpoint; it runs on a socket of `bind`."""
-    import uvicorn
-
-    # No access log: its lines are of no use to one user, and a query string may hold anything.  No websockets: nothing here speaks them.
-    config = uvicorn.Config(
-        application(assistants, token, port), ws="none", log_config=None, access_log=False, server_header=False,
-        limit_concurrency=64, timeout_graceful_shutdown=5,
-    )  # fmt: skip
-    return uvicorn.Server(config)
-
-
 def serve(assistants: Mapping[str, Assistant], token: str, bound: socket.socket) -> None:
     """Serve on a bound socket until the process is told to stop."""
-    make_server(assistants, token, bound.getsockname()[1]).run(sockets=[bound])
+    run(make_server(application(assistants, token, bound.getsockname()[1])), bound)

@@ -140,16 +140,19 @@ def _require_own_row(release: Release, at: int, catalogue: Catalogue, client: Ma
         raise FormatError("catalogue: the row that ranked this release is not its own; the market signed a wrong one")
 
 
+def local_learnwares(home: Path) -> list[StoredLearnware]:
+    """Return what was pulled into a home, by its ids."""
+    return [_stored(release.parent) for release in sorted(_folder(home).glob("*/release"))]
+
+
 def local_learnware(text: str, home: Path) -> StoredLearnware | None:
     """Return the pulled learnware that NAME@HEX, HEX or NAME names, or None."""
     name, _, digits = text.rpartition("@")
     hits = []
-    for folder in sorted(_folder(home).glob("*")):
-        if (folder / "release").is_file():
-            stored = _stored(folder)
-            title = stored.release.card.name
-            if (name in ("", title) and len(digits) >= 8 and folder.name.startswith(digits)) or (not name and digits == title):
-                hits.append(stored)
+    for stored in local_learnwares(home):
+        title, identity = stored.release.card.name, stored.release.release_id.hex()
+        if (name in ("", title) and len(digits) >= 8 and identity.startswith(digits)) or (not name and digits == title):
+            hits.append(stored)
     if len(hits) > 1:
         raise UsageError(f"{text}: names {len(hits)} learnwares", hint="give NAME@ and the first digits of the id")
     return hits[0] if hits else None

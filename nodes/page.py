@@ -1,12 +1,11 @@
-"""The frame of every page that veilmart writes: one file, no script, nothing fetched, light and dark."""
+"""The frame of every page that veilmart writes: one file, no script, nothing fetched, light and dark in the colours of the web pages."""
 
 from __future__ import annotations
 
 from html import escape
+from importlib.resources import files
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6570; --grid: #d9dee3; --paper: #fff; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8ecf0; --soft: #a3adb8; --grid: #39424c; --paper: #14181d; } }
 body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }
 svg { display: block; height: auto; max-width: 100%; }
@@ -21,10 +20,11 @@ th:first-child, td:first-child { text-align: left; } th { color: var(--soft); fo
 
 def document(title: str, style: str, body: str) -> str:
     """Return an HTML page; `style` and `body` are markup, the title is text.  The policy lets a browser load nothing at all."""
+    palette = (files("protocol") / "web" / "static" / "palette.css").read_text()
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{escape(title)}</title><style>{STYLE}{style}</style></head><body>
+<title>{escape(title)}</title><style>{palette}{STYLE}{style}</style></head><body>
 <main><h1>{escape(title)}</h1>
 {body}
 </main></body></html>

@@ -9,24 +9,19 @@ from html import escape
 from nodes.compare import Row, pareto_front
 from nodes.page import document
 from nodes.reuse.strategies import Strategy
+from protocol.web.picture import decades, mark, spread, ticks
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 440, 64, 170, 24, 56
 LABEL_GAP = 17  # between the base lines of two labels
-# Who computes an answer: told by shape and colour, so neither has to be seen alone.  Colours after Okabe and Ito.
-KINDS = (
-    ("small", "base model alone", "circle"), ("special", "specialists", "square"),
-    ("joint", "specialist with the larger model", "triangle"), ("large", "larger model alone", "diamond"),
-)  # fmt: skip
-KIND_OF = {Strategy.BASE: "small", Strategy.SINGLE: "special", Strategy.MIXTURE: "special", Strategy.LARGER: "large"}
-SHAPE_OF = {kind: shape for kind, _, shape in KINDS}
+# Who computes an answer, by the kinds of protocol/web/picture.py: told by shape and colour, so neither has to be seen alone.
+KINDS = {"c5": "base model alone", "c1": "specialists", "c2": "specialist with the larger model", "c3": "larger model alone"}
+KIND_OF = {Strategy.BASE: "c5", Strategy.SINGLE: "c1", Strategy.MIXTURE: "c1", Strategy.LARGER: "c3"}
+JOINT = "c2"
 
 STYLE = """
-:root { --small: #5b6570; --special: #0072b2; --joint: #b84a00; --large: #007a59; }
-@media (prefers-color-scheme: dark) { :root { --small: #b3bcc6; --special: #56b4e9; --joint: #f0a04b; --large: #3fcfa3; } }
 svg .front { fill: none; stroke: var(--soft); stroke-dasharray: 5 4; stroke-width: 1.5; }
 svg .best { font-weight: 600; }
-svg .small { fill: var(--small); } svg .special { fill: var(--special); }
-svg .joint { fill: var(--joint); } svg .large { fill: var(--large); }
+svg .c1 { fill: var(--c1); } svg .c2 { fill: var(--c2); } svg .c3 { fill: var(--c3); } svg .c5 { fill: var(--c5); }
 """
 
 
@@ -106,10 +101,10 @@ def picture(rows: Sequence[Row]) -> str:
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="t"><title id="t">Loss against time of each strategy; '
         "the table below has the numbers</title>"
     ]
-    for nats in _ticks(bottom, top):
+    for nats in ticks(bottom, top):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{side}" y1="{y(nats):.1f}" y2="{y(nats):.1f}"/>')
         parts.append(f'<text class="soft" text-anchor="end" x="{LEFT - 8}" y="{y(nats) + 4:.1f}">{nats:g}</text>')
-    for seconds in _decades(low, high):
+    for seconds in decades(low, high):
         parts.append(f'<line class="grid" x1="{x(seconds):.1f}" x2="{x(seconds):.1f}" y1="{TOP}" y2="{floor}"/>')
         parts.append(f'<text class="soft" text-anchor="middle" x="{x(seconds):.1f}" y="{floor + 18}">{seconds:g}</text>')
     parts.append(f'<text class="soft" text-anchor="middle" x="{(LEFT + side) / 2}" y="{floor + 36}">seconds an answer (median)</text>')
@@ -118,65 +113,20 @@ def picture(rows: Sequence[Row]) -> str:
     parts.append(
         '<polyline class="front" points="' + " ".join(f"{x(row.seconds):.1f},{y(row.nats_per_token):.1f}" for row in front) + '"/>'
     )
-    labels = _spread([y(row.nats_per_token) for row in rows])
+    labels = spread([y(row.nats_per_token) for row in rows], LABEL_GAP, TOP, HEIGHT - BOTTOM + 10)
     for row, label in zip(rows, labels, strict=True):
-        kind = KIND_OF.get(row.strategy, "joint")
+        kind = KIND_OF.get(row.strategy, JOINT)
         at, down = x(row.seconds), y(row.nats_per_token)
         parts.append(f'<line class="lead" x1="{at:.1f}" x2="{side + 10}" y1="{down:.1f}" y2="{label - 4:.1f}"/>')
         low_end, high_end = y(row.nats_per_token - row.nats_error), y(row.nats_per_token + row.nats_error)
         parts.append(f'<rect class="{kind}" x="{at - 0.8:.1f}" y="{high_end:.1f}" width="1.6" height="{low_end - high_end:.1f}"/>')
-        parts.append(_mark(SHAPE_OF[kind], kind, at, down))
+        parts.append(mark(kind, at, down))
         best = ' class="best"' if row in front else ""
         parts.append(f'<text{best} x="{side + 14}" y="{label:.1f}">{escape(row.name)}</text>')
     here = float(LEFT)
-    for kind, title, shape in KINDS:
-        if any(KIND_OF.get(row.strategy, "joint") == kind for row in rows):
-            parts.append(_mark(shape, kind, here, HEIGHT - 8) + f'<text class="soft" x="{here + 11}" y="{HEIGHT - 4}">{title}</text>')
+    for kind, title in KINDS.items():
+        if any(KIND_OF.get(row.strategy, JOINT) == kind for row in rows):
+            parts.append(mark(kind, here, HEIGHT - 8))
+            parts.append(f'<text class="soft" x="{here + 11}" y="{HEIGHT - 4}">{title}</text>')
             here += 36 + 6.9 * len(title)
     return "\n".join([*parts, "</svg>"])
-
-
-def _mark(shape: str, kind: str, x: float, y: float) -> str:
-    corners: tuple[tuple[float, float], ...]
-    match shape:
-        case "circle":
-            return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5.5"/>'
-        case "square":
-            return f'<rect class="{kind}" x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10"/>'
-        case "triangle":
-            corners = ((x, y - 7), (x + 6.5, y + 5), (x - 6.5, y + 5))
-        case _:
-            corners = ((x, y - 7), (x + 7, y), (x, y + 7), (x - 7, y))
-    return f'<polygon class="{kind}" points="' + " ".join(f"{a:.1f},{b:.1f}" for a, b in corners) + '"/>'
-
-
-def _spread(places: Sequence[float]) -> list[float]:
-    """Return where labels stand beside these places: in their order, LABEL_GAP apart, inside the picture."""
-    order = sorted(range(len(places)), key=lambda i: places[i])
-    found, free = [0.0] * len(places), float(TOP)
-    for i in order:
-        found[i] = max(places[i] + 4, free)
-        free = found[i] + LABEL_GAP
-    ceiling = float(HEIGHT - BOTTOM + 10)
-    for i in reversed(order):
-        found[i] = min(found[i], ceiling)
-        ceiling = found[i] - LABEL_GAP
-    return found
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Return about five round numbers between two."""
-    rough = (high - low) / 5
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    return [round(number * step, 10) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def _decades(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 times powers of ten between two logarithms; every multiple where that leaves fewer than three."""
-    powers = range(math.floor(low) - 1, math.ceil(high) + 1)
-    for factors in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8)):
-        found = [factor * 10.0**power for power in powers for factor in factors if low <= math.log10(factor * 10.0**power) <= high]
-        if len(found) >= 3:
-            break
-    return [round(seconds, 6) for seconds in found]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nodes.home import default_home, model_directory, open_model
 from nodes.learnwares import StoredLearnware, pull_learnware
@@ -45,7 +45,7 @@ from nodes.reuse.strategies import (
 from nodes.reuse.trial import base_instead, triable, tried
 from protocol.errors import NotFound, UsageError
 from protocol.features import DEFAULT_MAP, FeatureMap, open_map
-from protocol.scoring import FEW_TEXTS, Sketch, Verdict
+from protocol.scoring import FEW_TEXTS, Match, Sketch, Verdict
 
 if TYPE_CHECKING:
     from nodes.base_model import BaseModel
@@ -90,6 +90,18 @@ class Search:
     def why_not(self) -> str:
         """Why nothing matches, in words; empty where something does."""
         return "" if self.verdict is Verdict.MATCH else _why_not(self)
+
+    @property
+    def words(self) -> str:
+        """The verdict with its reason, in words."""
+        return self.why_not or (
+            f"a match: nothing tells the data of {self.titles[0]} from your task, and the test would have told a related task apart"
+        )
+
+    @property
+    def seen(self) -> str:
+        """What the market saw of it."""
+        return "that somebody fetched the catalogue" if self.way is Way.MIRROR else "one ciphertext, its size, the time"
 
 
 def ignore_progress(stage: str, done: int, of: int) -> None:
@@ -280,6 +292,35 @@ class Querier:
         if wish.strategy is Strategy.PROXY and wish.alpha is None:
             return replace(wish, alpha=calibrate_alpha(pairs, model, specialist, Voice(model), large, progress))
         return wish
+
+
+def search_to_json(search: Search, proof: Path | None = None) -> dict[str, Any]:
+    """Return a search as `find --json` prints it.  proof: where the signed answer was kept."""
+    found, given = search.found, search.places
+    return {
+        "schema": "veilmart.find/1", "verdict": str(search.verdict), "matching": str(search.way),
+        "releases": len(found.ranking.matches), "query_size": search.sketch.size,
+        "matches": [_match_to_json(found, match) for match in given.matches],
+        "folded": [{"organisation": name or None, "matches": count} for name, count in given.folded.items()],
+        "copies": [{"title": title, "of": original} for title, original in given.copies.items()],
+        "price_bytes": search.price_bytes,
+        "proof": str(proof) if proof and found.exchange else None,
+        "bytes": {"sent": search.traffic.sent, "received": search.traffic.received},
+    }  # fmt: skip
+
+
+def _match_to_json(found: Found, match: Match) -> dict[str, Any]:
+    terms = found.catalogue.terms_of(found.position_of(match))
+    guarantee = terms.guarantee
+    return {
+        "id": match.release_id.hex(), "title": found.title_of(match), "rank": match.rank, "score": match.llr,
+        "std": match.std, "gap_to_next": match.gap_to_next if match.rank < len(found.ranking.matches) else None, "tie": match.tie,
+        "distance": match.distance, "separation": match.separation, "resolution": match.resolution,
+        "verdict": str(found.verdict_on(match)), "organisation": found.organisations[found.owner_of(match)] or None,
+        "unit": str(guarantee.unit), "epsilon": guarantee.epsilon, "delta": guarantee.delta, "licence": terms.licence,
+        "base_model": terms.base_model.hex(), "adapter_size_class": terms.adapter_class,
+        "adapter_guarantee": terms.adapter_guarantee or None, **terms.window.dates,
+    }  # fmt: skip
 
 
 def _records_of(task: Task) -> Sequence[Record]:

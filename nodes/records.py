@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 from protocol.errors import RecordError
 from protocol.privacy import RECORD, PrivacyUnit
@@ -37,6 +39,18 @@ class Text:
 
 
 Record = Pair | Prompt | Text
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A file that was handed over, not named: a browser gives its bytes, which are written nowhere."""
+
+    name: str
+    data: bytes
+
+    def open(self, mode: Literal["rb"]) -> BinaryIO:
+        """Return its bytes as a stream, as `Path.open` does."""
+        return io.BytesIO(self.data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +110,7 @@ def _unit_of(value: object, field: str, where: str) -> str:
     )
 
 
-def _lines(path: Path, limit: int | None) -> Iterator[tuple[object, str]]:
+def _lines(path: Path | Given, limit: int | None) -> Iterator[tuple[object, str]]:
     """Yield the object of each line that is not blank and where it stands; raise RecordError for a file that cannot be read or is empty."""
     count = 0
     try:
@@ -114,7 +128,7 @@ def _lines(path: Path, limit: int | None) -> Iterator[tuple[object, str]]:
         raise RecordError(f"{path.name}: expected at least one record, got an empty file")
 
 
-def read_records(path: Path, limit: int | None = None) -> list[Record]:
+def read_records(path: Path | Given, limit: int | None = None) -> list[Record]:
     """Return the records of a JSONL file in its order, at most `limit` of them; blank lines are skipped.
 
     Raises RecordError naming file and line, never the text.
@@ -122,7 +136,7 @@ def read_records(path: Path, limit: int | None = None) -> list[Record]:
     return [_record_of(value, where) for value, where in _lines(path, limit)]
 
 
-def read_owned_records(path: Path, minimum: int, limit: int | None = None, unit: PrivacyUnit = RECORD) -> OwnedRecords:
+def read_owned_records(path: Path | Given, minimum: int, limit: int | None = None, unit: PrivacyUnit = RECORD) -> OwnedRecords:
     """Return the records of an owner's file with the unit of each.
 
     Raises RecordError unless every record has a response and, where the unit is a field, that field; unless there are `minimum` units;

@@ -137,7 +137,7 @@ class MarketProcess:
         self._log = (home / "market.log").open("wb")
         command = [
             *dies_with_us(), sys.executable, "-m", "nodes.command", "market", "up", "--home", str(home), "--map", str(home / "feature.map"),
-            "--port", "0", "--simulation", "--json",
+            "--port", "0", "--simulation", "--no-page", "--json",
         ]  # fmt: skip
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log)
         assert self._process.stdout is not None

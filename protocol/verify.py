@@ -17,7 +17,7 @@ from typing import Any
 from protocol.claims import Claims
 from protocol.conflict import Conflict, is_conflict
 from protocol.errors import InvalidSignature, UsageError, VeilmartError
-from protocol.evidence import Verified, is_evidence, read_evidence, verify
+from protocol.evidence import Verified, is_evidence, read_evidence, unpack, verify
 from protocol.transparency import Receipt, accept, open_checkpoint
 from protocol.window import day_of
 from protocol.witness import Witness, cosigned_at
@@ -32,12 +32,16 @@ def verify_receipt(file: Path, market_key: str | None = None, checkpoint: Path |
     market_key: first digits, at least 8, of the key that must have signed it.  checkpoint: a file; must be the same one if of one size.
     holding: raise OutsideWindow unless the release holds today, by this clock.
     """
-    from protocol.claims import open_claims
-
     receipt = Receipt.from_bytes(_read(file))
     _require_market(file, receipt.market_key, market_key)
+    _require_checkpoint(receipt.market_key, receipt.verify(), checkpoint)
+    return _shown_receipt(receipt, holding)
+
+
+def _shown_receipt(receipt: Receipt, holding: bool = False) -> Shown:
+    from protocol.claims import open_claims
+
     under, claims = receipt.verify(), open_claims(receipt.envelope)
-    _require_checkpoint(receipt.market_key, under, checkpoint)
     result: dict[str, Any] = {
         "schema": "veilmart.verified-release/1", **_claimed(claims), "market_key": receipt.market_key.hex(), "index": receipt.index,
         "size": under.size, "root": under.root.hex(),
@@ -65,6 +69,10 @@ def verify_bundle(path: Path, market_key: str | None = None, checkpoint: Path | 
     _require_market(path, found.market_key, market_key)
     signed = None if witness is None else _signed_by(Witness.parse(witness), found)
     _require_checkpoint(found.market_key, found.checkpoint, checkpoint)
+    return _shown_bundle(found, signed)
+
+
+def _shown_bundle(found: Verified, signed: int | None = None) -> Shown:
     result: dict[str, Any] = {
         "schema": "veilmart.verified-bundle/1", "fingerprint": found.fingerprint.hex(), "market_key": found.market_key.hex(),
         "size": found.checkpoint.size, "root": found.checkpoint.root.hex(), "complete": found.complete, "witnessed_at": signed,
@@ -89,10 +97,14 @@ def verify_bundle(path: Path, market_key: str | None = None, checkpoint: Path | 
 def verify_conflict(file: Path, market_key: str | None = None, checkpoint: Path | None = None) -> Shown:
     """Return what evidence of a conflict proves; raise a VeilmartError where it does not.  Arguments as of `verify_receipt`."""
     conflict = Conflict.from_bytes(_read(file))
+    _require_market(file, conflict.receipt.market_key, market_key)
+    _require_checkpoint(conflict.receipt.market_key, conflict.verify()[2], checkpoint)
+    return _shown_conflict(conflict)
+
+
+def _shown_conflict(conflict: Conflict) -> Shown:
     receipt = conflict.receipt
-    _require_market(file, receipt.market_key, market_key)
     first, second, under = conflict.verify()
-    _require_checkpoint(receipt.market_key, under, checkpoint)
     result: dict[str, Any] = {
         "schema": "veilmart.verified-conflict/1", "owner": first.owner.hex(), "release_number": first.release_number,
         "logged": _claimed(first), "refused": _claimed(second), "market_key": receipt.market_key.hex(), "index": receipt.index,
@@ -105,6 +117,13 @@ def verify_conflict(file: Path, market_key: str | None = None, checkpoint: Path 
         "its node was copied, or its ledger put back, or somebody else has its key: what both cost is not in one ledger",
     ]
     return result, lines
+
+
+def verify_bytes(data: bytes) -> Shown:
+    """Return what a receipt, a conflict or packed evidence proves; raise a VeilmartError where it does not."""
+    if is_evidence(data):
+        return _shown_bundle(verify(unpack(data)))
+    return _shown_conflict(Conflict.from_bytes(data)) if is_conflict(data) else _shown_receipt(Receipt.from_bytes(data))
 
 
 def _signed_by(witness: Witness, found: Verified) -> int:

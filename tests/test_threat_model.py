@@ -21,7 +21,7 @@ def missing(text: str) -> list[str]:
 
 
 def test_every_threat_has_one_row():
-    assert [row[0] for row in ROWS] == [f"T{number}" for number in range(1, 27)]
+    assert [row[0] for row in ROWS] == [f"T{number}" for number in range(1, 28)]
     assert {len(row) for row in ROWS} == {6}
 
 

@@ -46,6 +46,15 @@ def upgrade(engine: Engine, chain: str) -> None:
             _migrate(db, chain)
 
 
+def require_newest(engine: Engine, chain: str) -> None:
+    """Raise UsageError unless a database is at the newest schema: whoever may only read cannot bring it there."""
+    known = revisions(chain)
+    with engine.connect() as db:
+        found = _version(db, known)
+    if found != known[-1]:
+        raise UsageError(f"its schema is {found or 'without a version'}, expected {known[-1]}", hint="`veilmart market up` brings it there")
+
+
 def declared(chain: str) -> MetaData:
     """Return the tables of a chain's database as today's code knows them."""
     from market_node.certificates import ISSUED  # beside the store's tables, as members are

@@ -14,8 +14,6 @@ FOLDED = 4  # more checks of one thing than this are folded away where all hold
 WIDTH, ROW, LABEL = 390, 26, 146  # of a picture: narrow, so that its text stays readable on a telephone
 MARKS = {"present": "\u25b2", "absent": "\u2713", "not examined": "\u2013"}  # a state is told by sign and word, not by colour alone
 STYLE = """
-:root { --bad: #b3261e; --good: #1a7f4b; --bar: #0072b2; }
-@media (prefers-color-scheme: dark) { :root { --bad: #ff8a80; --good: #5fd39a; --bar: #56b4e9; } }
 h2 { border-top: 1px solid var(--grid); font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-top: 1rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 code { color: var(--soft); font: 12.5px ui-monospace, monospace; overflow-wrap: anywhere; }
@@ -28,17 +26,22 @@ ul.list li > * { min-width: 0; overflow-wrap: anywhere; }
 dl { display: grid; gap: .1rem 1rem; grid-template-columns: minmax(9rem, max-content) 1fr; margin: .5rem 0; }
 dd { font-variant-numeric: tabular-nums; margin: 0; overflow-wrap: anywhere; } dt { color: var(--soft); }
 summary { color: var(--good); cursor: pointer; }
-svg { margin: .6rem 0; width: 27rem; } svg .bar { fill: var(--bar); }
+svg { margin: .6rem 0; width: 27rem; } svg .bar { fill: var(--c1); }
 @media (max-width: 34rem) { ul.list li { grid-template-columns: 1fr; } }
 """
 
 
 def page(report: Mapping[str, Any]) -> str:
     """Return the HTML page of a report that was read from its file."""
+    return document("Auditor's report", STYLE, body(report))
+
+
+def body(report: Mapping[str, Any]) -> str:
+    """Return what the page says, as markup that a page of another frame can hold; all text of the report is escaped."""
     summary = report["summary"]
     verdict = "A claim is refuted" if summary["refuted"] else "No claim is refuted"
     sections = "\n".join(_section(section) for section in report["sections"])
-    body = f"""<p>{escape(report["on"])}, veilmart {escape(report["version"])}, Python {escape(report["python"])}.
+    return f"""<p>{escape(report["on"])}, veilmart {escape(report["version"])}, Python {escape(report["python"])}.
 Drawn from report.json alone.</p>
 <p class="verdict {"present" if summary["refuted"] else "absent"}">{MARKS["present" if summary["refuted"] else "absent"]} {verdict}</p>
 <p>{escape(summary["claim"])}</p>
@@ -55,7 +58,6 @@ Drawn from report.json alone.</p>
 {"".join(_run(entry) for entry in report["results"])}</ul>
 <p>This page and its JSON are signed by nobody: <code>veilmart audit export --with report.json</code> puts the JSON beside the signed
 releases that it speaks of, under one fingerprint.</p>"""
-    return document("Auditor's report", STYLE, body)
 
 
 def _section(section: Mapping[str, Any]) -> str:

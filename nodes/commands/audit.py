@@ -166,15 +166,17 @@ def audit_report(
     from importlib.metadata import version
 
     from nodes import console
+    from nodes.audit.quick import quick_audits
     from nodes.audit.report import build_report, to_json
     from nodes.audit.report_page import page
     from nodes.audit.results import read_result
+    from protocol.features import open_map
     from protocol.keys import write_durably
 
     if (market is None) != (ca is None):
         raise UsageError("audit report: expected --market and --ca, or neither")
     progress = console.ProgressLine(not as_json)
-    found = _quick_audits(home, market, ca, epsilon, releases, which_map, progress)
+    found = quick_audits(home, market, ca, epsilon, releases, open_map(which_map), progress)
     progress.close()
     report = build_report(
         [*found, *map(read_result, results or ())], datetime.datetime.now(datetime.UTC).date().isoformat(), version("veilmart")
@@ -258,31 +260,6 @@ def audit_export(
         [f"{out}: {len(data)} bytes", *lines],
         then=f"verify bundle {shlex.quote(str(out))}",
     )
-
-
-def _quick_audits(
-    home: Path, market: str | None, ca: Path | None, epsilon: float, releases: int, which_map: str, progress: Any
-) -> list[dict[str, Any]]:
-    """Return the audits that take seconds, in the form that their commands print."""
-    from nodes.audit.market import audit_market
-    from nodes.audit.results import result_of_file, result_of_market, result_of_specification
-    from nodes.audit.specification import audit_specification
-    from nodes.market_client import MarketClient
-    from protocol.admission import AdmissionPolicy
-    from protocol.features import open_map
-    from protocol.privacy import Guarantee
-
-    feature_map, policy = open_map(which_map), AdmissionPolicy()
-    found = []
-    for file in sorted((home / "receipts").glob("*.receipt")):
-        found.append(result_of_file(file, feature_map, policy.largest_epsilon, policy.smallest_count or 1))
-    if releases:
-        audit = audit_specification(Guarantee(epsilon, 1e-6), feature_map.dimension, releases, on_progress=progress)
-        found.append(result_of_specification(audit, feature_map.dimension, None))
-    if market is not None and ca is not None:
-        with MarketClient(market, ca, home) as client:
-            found.append(result_of_market(audit_market(client, feature_map, 1, progress)))
-    return found
 
 
 def _features(

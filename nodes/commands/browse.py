@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +40,7 @@ def browse(
     from nodes import console
     from nodes.market_client import MarketClient
     from protocol.features import open_map
+    from protocol.overview import tree_lines
 
     feature_map = open_map(which_map)
     with MarketClient(market, ca, home) as client:
@@ -64,7 +64,7 @@ def browse(
         rows.append(["all", *_figures(aggregates.federation, feature_map), ""])
     console.print_table(["domain", "releases", "records", "as exact as", "noise", "nearest (0 the same, 1 unrelated)"], rows)
     if tree:
-        console.print_lines(*drawn(aggregates, feature_map, domain))
+        console.print_lines(*tree_lines(aggregates, feature_map, domain))
     recomputed = "recomputed from all releases" if verify else "signed by the market; --verify recomputes it"
     behind = f", of {size} by now" if aggregates.state.size < size else ""
     console.say(f"as of {aggregates.state.size} releases{behind} and {aggregates.state.notices_size} notices; {recomputed}")
@@ -73,73 +73,12 @@ def browse(
 
 def result_of(aggregates: Aggregates, feature_map: FeatureMap, domain: str | None, size: int, verified: bool) -> dict[str, Any]:
     """Return what `browse --json` prints."""
-    from protocol.aggregation import WEIGHT_SCALE
+    from protocol.overview import described
 
-    def plain(group: Group) -> dict[str, Any]:
-        exact = group.releases > 0
-        return {
-            "releases": group.releases, "records": group.units,
-            "records_as_exact": group.effective_units(feature_map), "weight": group.weight / WEIGHT_SCALE,
-            "noise_std": group.noise_variance**0.5 if exact else None, "std": group.variance**0.5 if exact else None,
-            "mean": [round(coordinate, 6) for coordinate in group.mean.tolist()],
-        }  # fmt: skip
-
-    domains = [
-        {
-            "domain": group.name, **plain(group),
-            "nearest": [
-                {"domain": other.name, "separation": far, "std": std} for far, std, other in aggregates.nearest(group, feature_map)
-            ],
-        }
-        for group in aggregates.domains if domain in (None, group.name)
-    ]  # fmt: skip
-    leaves = [
-        {"number": number, "title": leaf.title, "releases": leaf.releases}
-        for number, leaf in enumerate(aggregates.leaves)
-        if domain in (None, leaf.domain)
-    ]
-    merges = [
-        {"left": merge.left, "right": merge.right, "separation": separation}
-        for merge, separation in zip(aggregates.merges, _separations(aggregates, feature_map), strict=True)
-    ]
     return {
         "schema": "veilmart.browse/1", "size": aggregates.state.size, "newest_size": size, "notices": aggregates.state.notices_size,
-        "root": aggregates.state.root.hex(), "verified": verified, "federation": plain(aggregates.federation), "domains": domains,
-        "tree": {"leaves": leaves, "merges": merges},
+        "root": aggregates.state.root.hex(), "verified": verified, **described(aggregates, feature_map, domain),
     }  # fmt: skip
-
-
-def drawn(aggregates: Aggregates, feature_map: FeatureMap, domain: str | None = None) -> list[str]:
-    """Return the tree as lines: branches with their separation, leaves with titles; of one domain those alone that hold some of it."""
-    leaves, heights = aggregates.leaves, _separations(aggregates, feature_map)
-    inside: list[Counter[str]] = [Counter({leaf.domain: leaf.releases}) for leaf in leaves]
-    for merge in aggregates.merges:
-        inside.append(inside[merge.left] + inside[merge.right])
-    lines: list[str] = []
-
-    def draw(number: int, first: str, rest: str) -> None:
-        if number < len(leaves):
-            leaf = leaves[number]
-            lines.append(first + leaf.title + (f" and {leaf.releases - 1} more" if leaf.releases > 1 else ""))
-            return
-        merge, parts = aggregates.merges[number - len(leaves)], inside[number].most_common(3)
-        more = ", ..." if len(inside[number]) > len(parts) else ""
-        words = ", ".join(f"{name} {count}" for name, count in parts)
-        lines.append(f"{first}{heights[number - len(leaves)]:.2f}  {words}{more}")
-        below = [part for part in (merge.left, merge.right) if domain is None or inside[part][domain]]
-        for part in below:
-            last = part == below[-1]
-            draw(part, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))
-
-    if inside:
-        draw(len(inside) - 1, "", "")
-    return lines
-
-
-def _separations(aggregates: Aggregates, feature_map: FeatureMap) -> list[float]:
-    from protocol.aggregation import CENTRE_SCALE, Distance
-
-    return [Distance(merge.height / CENTRE_SCALE**2, 0.0).separation(feature_map)[0] for merge in aggregates.merges]
 
 
 def _figures(group: Group, feature_map: FeatureMap) -> Sequence[str]:

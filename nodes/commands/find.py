@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,8 +27,6 @@ from protocol.errors import FormatError, IncompatibleSpecification, InvalidSigna
 
 if TYPE_CHECKING:
     from nodes.market_client import Exchange
-    from nodes.query import Found
-    from protocol.scoring import Match
 
 
 def find(
@@ -66,7 +64,7 @@ def find(
     """
     from nodes import console
     from nodes.market import Market
-    from nodes.querier import Querier, Way
+    from nodes.querier import Querier, Way, search_to_json
     from nodes.query import Filters
     from protocol.keys import write_durably
     from protocol.scoring import Verdict
@@ -88,30 +86,7 @@ def find(
     )  # fmt: skip
     progress.close()
     found, given, price = search.found, search.places, search.price_bytes
-    shown = given.matches
-    result: dict[str, Any] = {
-        "schema": "veilmart.find/1",
-        "verdict": str(given.verdict),
-        "matching": str(search.way),
-        "releases": len(found.ranking.matches),
-        "query_size": search.sketch.size,
-        "matches": [
-            {
-                "id": match.release_id.hex(), "title": found.title_of(match), "rank": match.rank, "score": match.llr,
-                "std": match.std, "gap_to_next": match.gap_to_next if match.rank < len(found.ranking.matches) else None, "tie": match.tie,
-                "distance": match.distance, "separation": match.separation, "resolution": match.resolution,
-                "organisation": found.organisations[found.owner_of(match)] or None,
-                **_terms(found, match),
-            }
-            for match in shown
-        ],
-        "folded": [{"organisation": name or None, "matches": count} for name, count in given.folded.items()],
-        "copies": [{"title": title, "of": original} for title, original in given.copies.items()],
-        "price_bytes": price,
-        "proof": str(keep_proof) if keep_proof and found.exchange else None,
-        "bytes": {"sent": search.traffic.sent, "received": search.traffic.received},
-    }  # fmt: skip
-    matched = given.verdict is Verdict.MATCH
+    shown, result, matched = given.matches, search_to_json(search, keep_proof), search.verdict is Verdict.MATCH
     if as_json:
         console.print_json(result)
     elif quiet:
@@ -132,8 +107,7 @@ def find(
             console.say(
                 f"bytes from nothing: mirror {price['mirror']}, encrypted {price['encrypted']} with the catalogue; cheaper: {cheaper}"
             )
-            seen = "that somebody fetched the catalogue" if search.way is Way.MIRROR else "one ciphertext, its size, the time"
-            console.say(f"the market saw: {seen}.  It did not see your text, your sketch, your filters or these scores.")
+            console.say(f"the market saw: {search.seen}.  It did not see your text, your sketch, your filters or these scores.")
         if matched and shown:
             console.next_step(f'ask -m {found.title_of(shown[0])} "..."')
     if not matched:
@@ -207,16 +181,6 @@ def verify_answer(
     exit_code = {Finding.HONEST: 0, Finding.WRONG: 7, Finding.NO_PROOF: 2}[judgement.finding]
     if exit_code:
         raise typer.Exit(exit_code)
-
-
-def _terms(found: Found, match: Match) -> dict[str, Any]:
-    terms = found.catalogue.terms_of(found.position_of(match))
-    guarantee = terms.guarantee
-    return {
-        "unit": str(guarantee.unit), "epsilon": guarantee.epsilon, "delta": guarantee.delta, "licence": terms.licence,
-        "base_model": terms.base_model.hex(), "adapter_size_class": terms.adapter_class,
-        "adapter_guarantee": terms.adapter_guarantee or None, **terms.window.dates,
-    }  # fmt: skip
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nodes.commands.options import Authority, Home, Json, Map, MarketAddress, Population, Quiet, Unit, population_name, show, unit_in
-from protocol.errors import NotFound, UsageError
+from protocol.errors import UsageError
 
 if TYPE_CHECKING:
     from protocol.privacy import PrivacyUnit
@@ -28,54 +28,29 @@ def node_ledger(
     Example: veilmart node ledger
     """
     from nodes import console
-    from nodes.ledger import Budget, Ledger
     from nodes.populations import folder_of
-    from protocol.privacy import ledger_epsilon
+    from nodes.statement import open_ledger, statement
 
-    path = _ledger_file(folder_of(home, population_name(population)))
-    unit = unit_in(None, path.parent)
-    ledger = Ledger.open(path, Budget(budget, 1e-6), population, unit)
-    entries = ledger.entries()
-    delta = min((entry.charge.delta for entry in entries), default=1e-6)
-    events = [event for entry in entries for event in entry.charge.events]
-    spent = ledger_epsilon(events, delta)
-    figure = None
-    if prv:
-        from nodes.accountant import prv_epsilon
-
-        figure = prv_epsilon(events, delta)
-    rows = [
-        {
-            "number": entry.number, "release_number": entry.release_number, "release_id": entry.release_id.hex(),
-            "epsilon": ledger_epsilon(entry.charge.events, delta), "delta": entry.charge.delta, "origin": str(entry.origin),
-            "events": [repr(event) for event in entry.charge.events], "release_bytes": len(entry.envelope), "hash": entry.hash.hex(),
-        }
-        for entry in entries
-    ]  # fmt: skip
-    result = {
-        "schema": "veilmart.ledger/1", "population": population, "unit": str(unit), "entries": rows, "chain": "verified",
-        "compared": ledger.compared, "spent": spent, "left": max(budget - spent, 0.0), "budget": budget, "delta": delta,
-        "epsilon_prv": figure,
-    }  # fmt: skip
+    result = statement(open_ledger(folder_of(home, population_name(population)), population, budget), prv=prv)
     if as_json:
         console.print_json(result)
         return
     if quiet:
-        console.print_lines(*(entry.release_id.hex() for entry in entries if entry.release_id))
+        console.print_lines(*(row["release_id"] for row in result["entries"] if row["release_id"]))
         return
     table = [
         [
-            str(entry.number), str(entry.release_number or "-"), entry.release_id.hex()[:16] or "-",
-            f"{row['epsilon']:.3g}", f"{entry.charge.delta:g}",
-            str(entry.origin), entry.hash.hex()[:16],
+            str(row["number"]), str(row["release_number"] or "-"), row["release_id"][:16] or "-",
+            f"{row['epsilon']:.3g}", f"{row['delta']:g}", row["origin"], row["hash"][:16],
         ]
-        for entry, row in zip(entries, rows, strict=True)
+        for row in result["entries"]
     ]  # fmt: skip
     console.print_table(["#", "release", "id", "epsilon", "delta", "origin", "hash"], table)
+    figure = result["epsilon_prv"]
     console.print_lines(
-        f"population {population}, unit {unit}: {len(entries)} charges, chain verified"
-        + ("" if ledger.compared else "; NOT compared with the market since it was restored, so nothing is drawn from it"),
-        f"spent {spent:.2f} of {budget:.2f} at delta {delta:g}, left {max(budget - spent, 0.0):.2f}"
+        f"population {population}, unit {result['unit']}: {len(table)} charges, chain verified"
+        + ("" if result["compared"] else "; NOT compared with the market since it was restored, so nothing is drawn from it"),
+        f"spent {result['spent']:.2f} of {budget:.2f} at delta {result['delta']:g}, left {result['left']:.2f}"
         + ("" if figure is None else f"; {figure:.2f} by PRV, valid if every charge was planned before the first release"),
     )
 
@@ -91,17 +66,17 @@ def node_backup(
 
     Example: veilmart node backup ledger-2026.backup
     """
-    from nodes.ledger import Budget, Ledger
     from nodes.populations import claimed_by, claims_of, folder_of
+    from nodes.statement import open_ledger
     from protocol.keys import read_secret, write_durably
 
-    path = _ledger_file(folder_of(home, population_name(population)))
+    folder = folder_of(home, population_name(population))
+    ledger = open_ledger(folder, population)
     if key is not None and key.exists():
         raise UsageError(f"{key}: already there", hint="a backup never overwrites one")
-    ledger = Ledger.open(path, Budget(4.0, 1e-6), population, unit_in(None, path.parent))
     count = ledger.backup(file, lambda: claimed_by(claims_of(home), population))
     if key is not None:
-        write_durably(key, read_secret(path.parent / "owner.key"))
+        write_durably(key, read_secret(folder / "owner.key"))
     kept = "it holds no key" if key is None else f"the signing key is in {key}: whoever has that file can publish in your name"
     lines = [
         f"{file}: {count} charges with their releases, readable by you alone; {kept}",
@@ -208,13 +183,6 @@ def _unit_of_releases(envelopes: Sequence[bytes], otherwise: PrivacyUnit, asked:
             hint="a ledger is of one unit for life; `veilmart node restore` takes a backup",
         )
     return units.pop() if units else otherwise
-
-
-def _ledger_file(folder: Path) -> Path:
-    path = folder / "ledger.db"
-    if not path.is_file():
-        raise NotFound(f"{path}: no ledger yet", hint="the first `veilmart node publish` makes one")
-    return path
 
 
 COMMANDS = {"node ledger": node_ledger, "node backup": node_backup, "node restore": node_restore, "node repair": node_repair}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -264,43 +263,28 @@ def compare(
     Example: veilmart compare --validation mine.jsonl -m notes@7c1f0a2b --larger models/larger --html compare.html
     """
     from nodes import console
-    from nodes.compare import compare as run
-    from nodes.compare import lineup, pareto_front
+    from nodes.compare import compare_on, comparison_to_json
     from nodes.pareto import cells, page, table_columns
     from nodes.records import read_records
-    from nodes.reuse.calibration import answered, halves
-    from nodes.reuse.strategies import Strategy
     from protocol.keys import write_durably
 
-    pairs = answered(read_records(validation, limit), validation.name, 2)
-    calibration, scored = halves(pairs)
-    if not scored:
-        raise UsageError(f"{validation.name}: expected at least two different records")
-    progress, names = console.ProgressLine(not as_json), learnware or ()
+    progress = console.ProgressLine(not as_json)
     querier = _querier(home, market, ca, which_map, base, device, progress)
-    wanted = [Strategy.SINGLE, *([Strategy.LARGER] if larger else [])]
-    querier.check(wanted, names, with_task=True, larger=larger, nothing_leaves=nothing_leaves)
-    choice = querier.choose(names, calibration, several=several)
-    large = querier.larger_model(larger) if larger else None
-    assistants = lineup(querier.model, choice, large, calibration, tokens, progress)
-    rows = run(assistants, scored, tokens, progress)
+    found = compare_on(
+        querier, read_records(validation, limit), validation.name, learnware or (),
+        larger=larger, several=several, tokens=tokens, nothing_leaves=nothing_leaves,
+    )  # fmt: skip
     progress.close()
-    front = [row.name for row in pareto_front(rows)]
-    result = {
-        "schema": "veilmart.compare/1", "calibrated_on": len(calibration), "scored_on": len(scored), "device": querier.model.device,
-        "learnwares": [{"title": one.title, "weight": weight} for one, weight in zip(choice.specialists, choice.weights, strict=True)],
-        "why": choice.why, "left_site": list(choice.left_site), "pareto_front": front, "strategies": [asdict(row) for row in rows],
-        "html": str(html) if html else None,
-    }  # fmt: skip
+    rows, result = found.rows, {**comparison_to_json(found), "html": str(html) if html else None}
     if html is not None:
-        write_durably(html, page(rows, validation.name, len(scored)).encode(), 0o644)
+        write_durably(html, page(rows, validation.name, found.scored_on).encode(), 0o644)
     if as_json:
         console.print_json(result)
         return
     columns = table_columns(rows)
     console.print_table(columns, [cells(row, columns) for row in rows])
-    console.say(f"scored on {len(scored)} records; nothing beats {', '.join(front)} in both loss and time")
-    for told in choice.left_site:
+    console.say(f"scored on {found.scored_on} records; nothing beats {', '.join(result['pareto_front'])} in both loss and time")
+    for told in found.choice.left_site:
         console.say(f"left this site: {told}")
 
 
@@ -334,14 +318,14 @@ def serve(
 
     Example: veilmart serve -m notes@7c1f0a2b --port 8642
     """
-    from nodes import console, endpoint
+    from nodes import console, endpoint, loopback
     from nodes.records import read_records
     from nodes.reuse.strategies import WITH_SPECIALIST, Strategy, Wish, assemble, parse_strategy
 
     chosen = parse_strategy(strategy)
     examples = read_records(task) if task else []
     token_path = token_file or home / "serve-token"
-    token, bound = endpoint.read_token(token_path), endpoint.bind(port)
+    token, bound = endpoint.read_token(token_path), loopback.bind(port)
     with bound:
         progress = console.ProgressLine(not as_json)
         querier = _querier(home, market, ca, which_map, base, device, progress)
@@ -358,7 +342,7 @@ def serve(
         if chosen in WITH_SPECIALIST:
             served["veilmart"] = assistant
             title = " + ".join(one.title for one in assistant.account.specialists) or "base"
-        url = f"http://{endpoint.HOST}:{bound.getsockname()[1]}/v1"
+        url = f"http://{loopback.HOST}:{bound.getsockname()[1]}/v1"
         result = {
             "schema": "veilmart.serve/1", "url": url, "models": list(served), "learnware": title, "strategy": str(chosen),
             "token_file": str(token_path), "pid": os.getpid(),

@@ -52,6 +52,7 @@ def operator(home: Path, *options: str, nodes=(), **more: str):
         "--flower",
         "--flower-port",
         "0",
+        "--no-page",
         "--json",
         *options,
     ]

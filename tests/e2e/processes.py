@@ -28,11 +28,11 @@ def veilmart(*words: str, home: Path, code: int | tuple[int, ...] = 0, timeout: 
 
 
 @contextmanager
-def market_process(home: Path, program: str | None = None, options: tuple[str, ...] = ("--open",)):
-    """Yield (what the market said when ready, its process); its log goes to home/market.log."""
+def market_process(home: Path, program: str | None = None, options: tuple[str, ...] = ("--open",), page: str = ""):
+    """Yield (what the market said when ready, its process); its log goes to home/market.log.  page: [HOST:]PORT; "" for none."""
     home.mkdir(parents=True, exist_ok=True)
     what = ["-c", program] if program else ["-m", "nodes.command"]
-    command = [sys.executable, *what, "market", "up", "--port", "0", "--json", *options]
+    command = [sys.executable, *what, "market", "up", "--port", "0", "--json", *(["--page", page] if page else ["--no-page"]), *options]
     with (home / "market.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment(home))
         try:

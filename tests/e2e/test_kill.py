@@ -32,7 +32,7 @@ class Market:
     def start(self) -> float:
         """Return the seconds until it said that it is ready."""
         what = ["-c", self._program] if self._program else ["-m", "nodes.command"]
-        command = [sys.executable, *what, "market", "up", "--open", "--port", str(self.port), "--json"]
+        command = [sys.executable, *what, "market", "up", "--no-page", "--open", "--port", str(self.port), "--json"]
         started = time.monotonic()
         with (self.home / "market.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment(self.home))

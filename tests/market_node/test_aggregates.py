@@ -64,7 +64,7 @@ def test_what_is_kept_up_is_bit_for_bit_what_is_made_from_scratch(steps):
         elif what == "look":
             running.follow(size, [sign_notice(notice, OWNER) for notice in notices])
             scratch = aggregates_of(RELEASES[:size], taken_back(notices), MAP, STATE)
-            assert running.body(STATE) == scratch.body
+            assert running.made(STATE).body == scratch.body
     assert store.reads == len(store.kept), "every release is read once"
 
 
@@ -81,7 +81,7 @@ def test_a_notice_that_is_read_before_its_release_counts():
     running.follow(1, [notice])
     store.kept = ENVELOPES[:3]
     running.follow(3, [notice])
-    assert running.body(STATE) == aggregates_of(RELEASES[:3], {RELEASES[1].release_id}, MAP, STATE).body
+    assert running.made(STATE).body == aggregates_of(RELEASES[:3], {RELEASES[1].release_id}, MAP, STATE).body
 
 
 class Clock:
@@ -94,14 +94,14 @@ class Clock:
 def test_they_are_made_again_for_news_alone_and_seldom(monkeypatch):
     """Time passes where the work is done: 3 s a state."""
     clock, store = Clock(), InMemory()
-    made, real = [], Running.body
+    made, real = [], Running.made
 
     def slow(self, state):
         clock.now += 3.0
         made.append(state.size)
         return real(self, state)
 
-    monkeypatch.setattr(Running, "body", slow)
+    monkeypatch.setattr(Running, "made", slow)
     kept = Aggregates(store, MAP, MARKET, clock)
     store.kept = ENVELOPES[:5]
     first = kept.build(5, bytes(32), [], bytes(32))

@@ -16,7 +16,6 @@ from market_node.service import MarketService
 from nodes.audit.market import audit_market
 from nodes.base_model import BaseModel
 from nodes.command import build
-from nodes.commands import browse
 from nodes.explain import Circumstances, explain
 from nodes.market_client import MarketClient
 from nodes.records import read_records
@@ -25,6 +24,7 @@ from protocol.codec import decode, encode
 from protocol.errors import InvalidProof, InvalidSignature, NotFound
 from protocol.features import default_map
 from protocol.hazmat.noise import operating_system
+from protocol.overview import tree_lines
 from protocol.privacy import Guarantee
 from protocol.release import Card, sign_release
 from protocol.specification import estimate, quantise
@@ -112,10 +112,10 @@ def test_a_domain_that_is_not_there_is_an_error_of_its_own(market, tmp_path):
 def test_a_large_leaf_says_how_many_it_stands_for():
     honest = aggregates_of(RELEASES, (), MAP, State(MAP.map_id, 5, bytes(32), 0, bytes(32)))
     many = replace(honest, leaves=(replace(honest.leaves[0], releases=42), *honest.leaves[1:]))
-    lines = browse.drawn(many, MAP)
+    lines = tree_lines(many, MAP)
     assert any(line.endswith(f"{RELEASES[0].title} and 41 more") for line in lines)
     assert len(lines) == 9, "five leaves, four branches"
-    assert browse.drawn(aggregates_of([], (), MAP, honest.state), MAP) == []
+    assert tree_lines(aggregates_of([], (), MAP, honest.state), MAP) == []
 
 
 # What the market sees ----------------------------------------------------------------------------------------------------

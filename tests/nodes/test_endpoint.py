@@ -14,7 +14,7 @@ import openai
 import pytest
 import torch
 
-from nodes import endpoint
+from nodes import endpoint, loopback
 from nodes.base_model import BaseModel
 from nodes.reuse import Specialist, Strategy, Wish, assemble
 from protocol.errors import Unauthorised, UsageError
@@ -47,9 +47,9 @@ def served(tmp_path_factory: pytest.TempPathFactory):
         "base": assemble(Wish(Strategy.BASE, specialists=0), model),
         "veilmart": assemble(Wish(Strategy.SINGLE), model, [specialist]),
     }
-    bound = endpoint.bind(0)
+    bound = loopback.bind(0)
     port = bound.getsockname()[1]
-    server = endpoint.make_server(assistants, TOKEN, port)
+    server = loopback.make_server(endpoint.application(assistants, TOKEN, port))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     while not server.started and thread.is_alive():
@@ -179,8 +179,8 @@ def test_a_log_that_held_the_question_would_be_noticed(caplog):
 
 
 def test_a_port_that_is_taken_is_said_clearly():
-    with endpoint.bind(0) as bound, pytest.raises(UsageError, match="cannot be used"):
-        endpoint.bind(bound.getsockname()[1])
+    with loopback.bind(0) as bound, pytest.raises(UsageError, match="cannot be used"):
+        loopback.bind(bound.getsockname()[1])
 
 
 def test_the_token_is_made_once_for_its_owner_alone(tmp_path: Path):
