@@ -74,6 +74,7 @@ from protocol.notices import Kind, Notice, inclusion_in, open_notice, sign_notic
 from protocol.organisations import Organisations
 from protocol.release import AdapterReference, Release, open_envelope
 from protocol.transparency import Checkpoint, Receipt, open_checkpoint, origin_of, sign_checkpoint
+from protocol.window import day_of
 from protocol.wire import market_pb2 as pb
 from protocol.wire.market_pb2_grpc import MarketServicer
 from protocol.witness import Witness, cosigned_at
@@ -83,6 +84,7 @@ STATUSES: tuple[tuple[type[VeilmartError], grpc.StatusCode], ...] = (
     (errors.StaleCatalogue, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.IncompatibleSpecification, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.NotAdmitted, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.OutsideWindow, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.FormatError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.InvalidSignature, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.InvalidAdapter, grpc.StatusCode.INVALID_ARGUMENT),
@@ -380,6 +382,10 @@ class MarketService(MarketServicer):
         # The release's base model is that of its adapter; the specification is under the map, whose encoder an owner may run beside it.
         scalars = scalars_of(release, self._map)
         admit_release(release, self._policy)
+        today = day_of(time.time())
+        # Whoever lost the receipt of a release that is over since gets it again.
+        if not release.window.holds(today) and not await self._store_call(self._store.holds, release.release_id):
+            release.window.require(today, "release")
         await self._require_sound(release)
         loop, answered = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
         self._offers.append(((release, bytes(request.envelope), scalars), answered))

@@ -21,6 +21,7 @@ from protocol.errors import CohortAborted, IncompatibleSpecification, Unauthoris
 from protocol.hazmat.noise import NoiseSource
 from protocol.release import sign_release
 from protocol.specification import BoundedVectors
+from protocol.window import Window
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -61,14 +62,15 @@ class Rounds:
     """The rounds that one guard takes part in.  key, ledger, noise: the guard's.  vectors: the records' vectors, read when they are due.
 
     serves: ids of the map and of its encoder, and its dimension.  limits: raises for a guarantee that the policy does not allow.
+    window: when a release that this guard publishes holds; its cosigners do not sign that.
     """
 
     def __init__(
         self, rules: CohortRules, key: Ed25519PrivateKey, ledger: Ledger, noise: NoiseSource, serves: tuple[bytes, bytes, int],
-        limits: Callable[[Cohort], None], vectors: Callable[[int], BoundedVectors],
+        limits: Callable[[Cohort], None], vectors: Callable[[int], BoundedVectors], window: Callable[[], Window],
     ) -> None:  # fmt: skip
         self._rules, self._key, self._ledger, self._noise = rules, key, ledger, noise
-        self._serves, self._limits, self._vectors = serves, limits, vectors
+        self._serves, self._limits, self._vectors, self._window = serves, limits, vectors, window
         self._public = key.public_key().public_bytes_raw()
         self._open: OrderedDict[bytes, Member] = OrderedDict()
         self._lock = threading.Lock()
@@ -132,7 +134,7 @@ class Rounds:
         seal = sealed(result, signed)
 
         def make(number: int, previous: bytes) -> tuple[bytes, bytes]:
-            release = joint_release(result, seal, self._public, number, previous)
+            release = joint_release(result, seal, self._public, number, previous, self._window())
             return release.release_id, sign_release(release, self._key)
 
         # It has a place in this owner's chain of releases; what it costs was charged with the round.

@@ -124,7 +124,8 @@ ENVELOPE = {
     "map_id": "which feature map",
     "adapter": "SHA-256 of the adapter, zeros if there is none",
     "sums": "the noisy sum of your records' features: the only numbers that depend on the records",
-    "metadata": "card as you write it, epsilon, delta, unit, noise variance, number of the release, the adapter's size and guarantee",
+    "metadata": "card as you write it, epsilon, delta, unit, noise variance, number of the release, the adapter's size and guarantee, "
+    "the days from and until which it holds",
     "header": "kind and version of these bytes, and the length of the metadata",
     "signature": "yours, over all of it",
 }
@@ -297,6 +298,7 @@ def _envelope(given: Circumstances) -> Call:
 
     from protocol.claims import MAGIC, NO_ID, SIGNATURE_BYTES, AdapterReference, Card, Claims
     from protocol.privacy import NORM_SQUARED, Guarantee, noise_variance
+    from protocol.window import Window
 
     guarantee, dimension = Guarantee(given.epsilon, given.delta), given.feature_map.dimension
     adapter = AdapterReference(NO_ID, given.adapter_bytes) if given.adapter_bytes else None
@@ -304,6 +306,7 @@ def _envelope(given: Circumstances) -> Call:
     claims = Claims(
         ZERO_ID, 1, b"", bytes.fromhex(given.feature_map.base_model), given.feature_map.map_id, (0,) * (dimension + 1),
         noise_variance(guarantee, NORM_SQUARED), guarantee, adapter, Card(name, "x" * (given.card_bytes - len(name))), False,
+        Window(20_000, 20_364),
     )  # fmt: skip
     (metadata,) = struct.unpack_from("<I", claims.body, len(MAGIC))
     sizes = {

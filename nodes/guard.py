@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,7 @@ from protocol.keys import signing_key, write_durably
 from protocol.privacy import NOT_PRIVATE, RECORD, AdapterGuarantee, Guarantee, PrivacyUnit, PrivateTraining, noise_variance
 from protocol.release import SIGNATURE_BYTES, AdapterReference, Card, Release, open_envelope, sign_release
 from protocol.specification import NORM_SQUARED, BoundedVectors, Specification, estimate, quantise, quantise_units
+from protocol.window import ALWAYS, USUAL_DAYS, Window, day_of
 
 if TYPE_CHECKING:
     from nodes.answerer import Answerer
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]  # stage, done, all
 RECORDS_AT_ONCE = 32
+MOST_DAYS = 3650  # a window that nobody sees the end of is none
 WORKING_BYTES = 400 << 20  # of one step: graphs of a few dozen records, and a block of logits
 
 
@@ -75,8 +78,11 @@ class Policy:
     population: str = DEFAULT_POPULATION
     unit: PrivacyUnit = RECORD  # for life, as the population
     largest_adapter_epsilon: float | None = None  # None: an adapter may come without a guarantee
+    valid_days: int = USUAL_DAYS  # how long a release holds
 
     def __post_init__(self) -> None:
+        if not 1 <= self.valid_days <= MOST_DAYS:
+            raise UsageError(f"policy: expected releases that hold for 1 to {MOST_DAYS} days, got {self.valid_days}")
         if self.largest_adapter_epsilon is not None and not self.largest_adapter_epsilon > 0:
             raise UsageError(f"policy: expected a largest epsilon of adapters above 0, got {self.largest_adapter_epsilon:g}")
         for name, value in (("largest epsilon", self.largest_epsilon), ("smallest epsilon", self.smallest_epsilon)):
@@ -201,6 +207,7 @@ class Guard:
         encoder: BaseModel | None = None,
         cohort: CohortRules | None = None,
         workers: int = 2,
+        now: Callable[[], float] = time.time,
         on_progress: Progress = ignore_progress,
     ) -> None:
         encoder = encoder or model
@@ -208,7 +215,7 @@ class Guard:
         self._home, self._data, self._card, self._model, self._map = home, data, card, model, feature_map
         self._noise, self._recipe, self._limit, self._on_progress = noise, recipe, limit, on_progress
         self._encoder, self._embed = encoder, embed or partial(encoder.embed_alone, workers=workers)
-        self._split, self._workers = split or model.split, workers
+        self._split, self._workers, self._now = split or model.split, workers, now
         self.policy = policy or Policy()
         if (private := self._private) is not None:  # its adapter is smaller, so the same pass runs on to a higher layer
             self._recipe = replace(private, guarantee=replace(private.guarantee, unit=self.policy.unit))
@@ -377,7 +384,7 @@ class Guard:
             request = self._request_digest(owned, guarantee, order.occasion)
             stored = self._ledger.stored(request)
             if stored is not None:
-                return stored
+                return self._renewed(stored)
             if not self._ledger.compared:
                 raise not_compared()
             self._ledger.price(self._charge(guarantee, owned)).require()  # a refusal costs no work; `charge` decides again
@@ -413,7 +420,7 @@ class Guard:
                 hint="somebody with records at several members would be protected at each of them alone",
             )
         serves = self._map.map_id, bytes.fromhex(self._map.base_model), self._map.dimension
-        return Rounds(rules, self._key, self._ledger, self._noise, serves, self._require_cohort, self._cohort_vectors)
+        return Rounds(rules, self._key, self._ledger, self._noise, serves, self._require_cohort, self._cohort_vectors, self._window)
 
     def _require_cohort(self, cohort: Cohort) -> None:
         self._require_orderly(Order(cohort.guarantee, cohort.map_id))
@@ -428,6 +435,21 @@ class Guard:
         with out_of_memory_is(_no_memory):
             embedding = self._embed(owned.records, layer=self._map.layer, kind=self._map.embedding, on_progress=None)
         return self._vectors(owned, embedding)
+
+    def _renewed(self, envelope: bytes) -> bytes:
+        """Return stored bytes; where they need a new window, the same specification and adapter under the owner's next number.
+
+        Nothing is drawn: who has the old release has every integer of the new one, so that costs nothing.
+        """
+        while (release := open_envelope(envelope)).window.needs_renewal(day_of(self._now())):
+
+            def sign(number: int, previous: bytes, release: Release = release) -> tuple[bytes, bytes]:
+                again = replace(release, owner=self.owner, release_number=number, previous=previous, window=self._window())
+                return again.release_id, sign_release(again, self._key)
+
+            request = _digest_of("renewal", [release.release_id])
+            envelope = self._ledger.charge(request, Charge((), release.specification.guarantee.delta), sign)
+        return envelope
 
     def training_plan(self) -> TrainingPlan:
         """Return what `train` would need and cost; nothing is computed or charged."""
@@ -489,7 +511,11 @@ class Guard:
 
     def _release(self, number: int, previous: bytes, specification: Specification, adapter: AdapterReference | None) -> Release:
         base_model = bytes.fromhex(self._model.model_id)
-        return Release(self.owner, number, previous, base_model, specification, adapter, self._card, self._noise.simulated)
+        simulated = self._noise.simulated
+        return Release(self.owner, number, previous, base_model, specification, adapter, self._card, simulated, self._window())
+
+    def _window(self) -> Window:
+        return ALWAYS if self._noise.simulated else Window.beginning(day_of(self._now()), self.policy.valid_days)
 
     def adapter_file(self, release: Release) -> Path | None:
         """Return where the adapter of a release lies, if it has one."""

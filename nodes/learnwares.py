@@ -33,9 +33,11 @@ class StoredLearnware:
     size_bytes: int  # of both files: what fetching them moved
 
     def load_adapter(self, base_model: str) -> Adapter:
-        """Return the adapter; raise InvalidAdapter unless its bytes are the release's and its weights are sound."""
+        """Return the adapter; raise InvalidAdapter unless its bytes are the release's and its weights are sound, OutsideWindow unless
+        the release holds today."""
         from nodes.adapter import Adapter
 
+        self.release.window.require(MarketClient.today(), self.release.title)
         if self.adapter is None or self.release.adapter is None:
             raise NotFound(f"{self.release.title}: its owner published no adapter", hint="a specification alone cannot answer")
         data = self.adapter.read_bytes()

@@ -67,7 +67,7 @@ CREATE TABLE IF NOT EXISTS entry (
     request BLOB NOT NULL UNIQUE,        -- digest of data, map and settings: the same request gets the same bytes
     events TEXT NOT NULL,                -- canonical JSON: what this charge composes as
     delta TEXT NOT NULL,
-    origin TEXT NOT NULL,                -- drawn: made here; market: charged again from the market's list
+    origin TEXT NOT NULL,                -- drawn or renewed: made here; market: charged again from the market's list
     release_id BLOB NOT NULL,
     envelope BLOB NOT NULL,              -- the signed release that this charge paid for; empty for a training and a cohort's round
     hash BLOB NOT NULL
@@ -180,6 +180,7 @@ class Origin(StrEnum):
     """Where an entry came from."""
 
     DRAWN = "drawn"
+    RENEWED = "renewed"  # signed again with a new window: nothing was drawn or charged
     TRAINED = "trained"  # a training: no release of its own
     COHORT = "cohort"  # a round of a cohort: the release is everybody's, and lies in the chain of whoever publishes it
     MARKET = "market"
@@ -332,7 +333,8 @@ class Ledger:
         first_only: if anything was charged already, return the newest stored envelope instead, whatever the request.
 
         make(release number, id of the previous release) draws the noise and returns (release id, envelope).  It is called only after
-        admission; if it raises, nothing is charged.  Raises BudgetSpent or LedgerBehind before anything is drawn.
+        admission; if it raises, nothing is charged.  A charge without events is of a specification
+        that was paid before.  Raises BudgetSpent or LedgerBehind before anything is drawn.
         """
         with self._transaction() as db:
             _verified(db)  # never build on a chain that something else has touched since it was opened
@@ -345,10 +347,12 @@ class Ledger:
             if not db.execute("SELECT compared FROM ledger").fetchone()[0]:
                 raise not_compared()
             self._declare(db)
-            self._price(db, charge).require()
+            if charge.events:
+                self._price(db, charge).require()
             number, previous = _next_release(db)
             release_id, envelope = make(number, previous)
-            _append(db, number, request, charge, Origin.DRAWN, release_id, envelope)
+            origin = Origin.DRAWN if charge.events else Origin.RENEWED
+            _append(db, number, request, charge, origin, release_id, envelope)
         return envelope
 
     def charge_training(self, request: bytes, charge: Charge) -> None:

@@ -7,7 +7,6 @@ import random
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,6 +71,7 @@ from protocol.organisations import Organisations, open_organisations
 from protocol.proof import AnswerProof, verify_statement
 from protocol.release import MAX_ADAPTER_BYTES, MAX_ENVELOPE_BYTES, AdapterReference, Release, open_envelope
 from protocol.transparency import Checkpoint, Receipt, accept, open_checkpoint, root_of_all, verify_consistency
+from protocol.window import day_of
 from protocol.wire import market_pb2 as pb
 from protocol.wire.market_pb2_grpc import MarketStub
 from protocol.witness import Witness, require_witnessed, require_witnessed_notices
@@ -83,7 +83,7 @@ MIN_ENTRY_BYTES = 64  # a signature, or a base model and a guarantee; shorter en
 MAX_ANSWER_BYTES = 1 << 26  # read of one answer before the call is cancelled, whatever was expected
 PAGES_A_CALL = 64
 MAX_AGGREGATES_BYTES = 4 << 20
-COPY = 2  # form of the local copies, that of the catalogue: those of another lie in another folder and are not read
+COPY = 3  # form of the local copies, that of the catalogue: those of another lie in another folder and are not read
 Answer = TypeVar("Answer")
 
 
@@ -212,6 +212,11 @@ class MarketClient:
         checkpoint, witnesses = open_checkpoint(shown, market_key), read_witnesses(self._witnesses)
         if witnesses and checkpoint.size:
             require_witnessed(notes, witnesses, market_key, checkpoint, self.prove_consistency, time.time())
+
+    @staticmethod
+    def today() -> int:
+        """Return the day of this clock, by which it is decided whether a release holds: a market's word would revive what is over."""
+        return day_of(time.time())
 
     def checkpoint(self, market_key: bytes) -> Checkpoint | None:
         """Return the newest checkpoint of this market that was seen from this home, or None."""
@@ -453,7 +458,7 @@ class MarketClient:
             _write_entries(folder / "rows", [rows])
         if news.terms:
             _write_entries(folder / "terms", terms)
-        return replace(catalogue, gone=taken_back(self._notices(description)))
+        return replace(catalogue, gone=taken_back(self._notices(description)), today=self.today())
 
     def organisations(self, head: Head) -> Organisations:
         """Return which releases under this head are one organisation's, by the market's word; its signature is verified."""
@@ -589,24 +594,26 @@ class MarketClient:
         """Return all releases, fetching only what is new; every signature is verified, every row, term and card recomputed, every release
         admitted again here.
 
-        A release that breaks the market's own admission policy, or was taken back, has no place in a ranking; the others go on.
+        A release that breaks the market's own admission policy, was taken back, or does not hold today has no place in a ranking; the
+        others go on.
         """
         description = self._accepting(feature_map)
         _, releases, catalogue = self._releases(description, feature_map)
-        kept = []
+        kept, refused, today = [], [], self.today()
         notices = self._notices(description)
         require_rightful(notices, {release.release_id: release.owner for release in releases})
         gone = taken_back(notices)
         for position, release in enumerate(releases):
-            with suppress(NotAdmitted):
+            if release.release_id in gone or not release.window.holds(today):
+                continue
+            try:
                 admit_release(release, description.admission)
-                if release.release_id not in gone:
-                    kept.append(position)
+                kept.append(position)
+            except NotAdmitted:
+                refused.append(release.release_id)
         if len(kept) == len(releases):
             return Mirror(catalogue, releases, tuple(kept))
-        left_out = set(range(len(releases))) - set(kept)
-        refused = tuple(release.release_id for i, release in enumerate(releases) if i in left_out and release.release_id not in gone)
-        return Mirror(catalogue.only(kept), tuple(releases[i] for i in kept), tuple(kept), refused)
+        return Mirror(catalogue.only(kept), tuple(releases[i] for i in kept), tuple(kept), tuple(refused))
 
     def envelopes(self, feature_map: FeatureMap) -> list[bytes]:
         """Return the envelopes of all releases in the order of the catalogue, every one verified."""
@@ -820,18 +827,24 @@ def names_kept(home: Path) -> Iterator[str]:
             yield f"{card.name}@{card.release_id.hex()[:8]}"
 
 
-def find_release_id(text: str, catalogue: Catalogue, *, standing_alone: bool = True) -> bytes:
+def find_release_id(text: str, catalogue: Catalogue, *, standing_alone: bool = True, holding_alone: bool = True) -> bytes:
     """Return the id that `text` names: NAME@HEX, HEX (at least 8 digits) or a NAME that only one release has.
 
-    standing_alone: whether releases that were taken back are left out.
+    standing_alone: whether releases that were taken back are left out.  holding_alone: whether those are, too, that do not hold today;
+    raises OutsideWindow where no other is left.
     """
     name, _, digits = text.rpartition("@")
-    found = [
-        card.release_id
-        for card in catalogue.cards.values()
+    found = {
+        card.release_id: catalogue.terms_of(position).window
+        for position, card in catalogue.cards.items()
         if (name in ("", card.name) and len(digits) >= 8 and card.release_id.hex().startswith(digits)) or (not name and digits == card.name)
-    ]
+    }
     hits = [release_id for release_id in found if release_id not in catalogue.gone or not standing_alone]
+    if holding_alone and standing_alone and (today := catalogue.today) is not None:
+        over = hits
+        hits = [release_id for release_id in over if found[release_id].holds(today)]
+        if over and not hits:
+            found[over[-1]].require(today, text)
     if len(hits) == 1:
         return hits[0]
     if found and not hits:

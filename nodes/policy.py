@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from nodes.cohort import CohortRules
-from nodes.guard import Policy
+from nodes.guard import MOST_DAYS, Policy
 from nodes.ledger import DEFAULT_POPULATION, POPULATION, Budget
 from protocol.codec import format_decimal, parse_hex
 from protocol.errors import FormatError, UsageError
 from protocol.privacy import MAX_EPSILON, RECORD, PrivacyUnit
 from protocol.sealing import MAX_QUESTION_BYTES, MAX_TOKENS
+from protocol.window import USUAL_DAYS
 
 EXAMPLE = """\
 [population]
@@ -33,6 +34,7 @@ delta = 1e-6
 largest_epsilon = 1.0           # of one release
 smallest_epsilon = 0.05
 minimum_units = 100
+valid_days = 365                # how long a release holds; publishing again extends it without a charge
 
 [adapter]
 release = "relay"               # none: no adapter; relay: made, stays here; public: `veilmart node publish` uploads it
@@ -261,6 +263,7 @@ def read_policy(path: Path) -> OwnerPolicy:
         name,
         RECORD if unit == "record" else PrivacyUnit(unit),
         largest,
+        specification.whole("valid_days", USUAL_DAYS, most=MOST_DAYS),
     )
     if limits.smallest_epsilon > limits.largest_epsilon:
         raise specification.error("smallest_epsilon", "at most largest_epsilon", limits.smallest_epsilon)

@@ -319,7 +319,7 @@ def _match_to_json(found: Found, match: Match) -> dict[str, Any]:
         "verdict": str(found.verdict_on(match)), "organisation": found.organisations[found.owner_of(match)] or None,
         "unit": str(guarantee.unit), "epsilon": guarantee.epsilon, "delta": guarantee.delta, "licence": terms.licence,
         "base_model": terms.base_model.hex(), "adapter_size_class": terms.adapter_class,
-        "adapter_guarantee": terms.adapter_guarantee or None,
+        "adapter_guarantee": terms.adapter_guarantee or None, **terms.window.dates,
     }  # fmt: skip
 
 

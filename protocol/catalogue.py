@@ -30,12 +30,13 @@ from protocol.features import CENTRE_SCALE, VIEWS, FeatureMap
 from protocol.privacy import GUARANTEE_TEXT, Guarantee, NeighbouringRelation, PrivacyUnit, noise_variance
 from protocol.release import NAME, Release
 from protocol.specification import COUNT_STEP, FEATURE_SCALE, NORM_SQUARED, Specification
+from protocol.window import Window
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 TAG = domain_tag("catalogue", 2)
-TERMS = domain_tag("terms", 1)
+TERMS = domain_tag("terms", 2)
 ADAPTER_EPSILON = re.compile(r"epsilon (\d+(?:\.\d+)?(?:e-?\d+)?) at ")
 NAMES = re.compile(rf"(?:{NAME.pattern}\n)*{NAME.pattern}")  # of many cards, a name a line: one search for all of them
 EMPTY_HEAD = bytes(32)
@@ -131,6 +132,7 @@ class Terms:
     licence: str
     adapter_class: int  # bytes of the adapter rounded up to a power of two; 0 without one
     adapter_guarantee: str  # as people read it; empty without an adapter
+    window: Window  # when its releases hold
 
     @classmethod
     def of(cls, release: Release) -> Terms:
@@ -139,6 +141,7 @@ class Terms:
         return cls(
             specification.noise_variance, specification.guarantee, release.base_model, release.card.licence,
             1 << (adapter.size_bytes - 1).bit_length() if adapter else 0, str(adapter.guarantee) if adapter else "",
+            release.window,
         )  # fmt: skip
 
     @property
@@ -153,7 +156,8 @@ class Terms:
         metadata = {
             "adapter_class": self.adapter_class, "adapter_guarantee": self.adapter_guarantee, "delta": format_decimal(self.guarantee.delta),
             "epsilon": format_decimal(self.guarantee.epsilon), "licence": self.licence, "noise_variance": self.noise_variance,
-            "relation": str(self.guarantee.relation), "unit": str(self.guarantee.unit),
+            "relation": str(self.guarantee.relation), "unit": str(self.guarantee.unit), "valid_from": self.window.first,
+            "valid_until": self.window.last,
         }  # fmt: skip
         return encode(TERMS, metadata, self.base_model)
 
@@ -163,9 +167,9 @@ def parse_terms(body: bytes) -> Terms:
     metadata, base_model = decode(TERMS, body)
     fields = {
         "adapter_class": int, "adapter_guarantee": str, "delta": str, "epsilon": str, "licence": str, "noise_variance": int,
-        "relation": str, "unit": str,
+        "relation": str, "unit": str, "valid_from": int, "valid_until": int,
     }  # fmt: skip
-    adapter_class, adapter_guarantee, delta, epsilon, licence, variance, relation, unit = take(metadata, fields, "terms")
+    adapter_class, adapter_guarantee, delta, epsilon, licence, variance, relation, unit, first, last = take(metadata, fields, "terms")
     if len(body) > MAX_TERMS_BYTES or len(base_model) != 32 or not 0 < variance < 1 << 62:
         raise FormatError(f"terms: expected at most {MAX_TERMS_BYTES} bytes, a base model of 32 and a plausible noise variance")
     if adapter_class < 0 or adapter_class & (adapter_class - 1) or bool(adapter_class) != bool(adapter_guarantee):
@@ -179,7 +183,7 @@ def parse_terms(body: bytes) -> Terms:
         raise FormatError("terms: expected a guarantee that a release can have") from None
     if variance < (least := noise_variance(guarantee, NORM_SQUARED)):  # no release can have it, and its row would claim confidence
         raise FormatError(f"terms: expected a noise variance of at least {least} for this guarantee, got {variance}")
-    terms = Terms(variance, guarantee, base_model, licence, adapter_class, adapter_guarantee)
+    terms = Terms(variance, guarantee, base_model, licence, adapter_class, adapter_guarantee, Window(first, last))
     if terms.body != body:
         raise FormatError("terms: not in canonical form")
     return terms
@@ -311,6 +315,7 @@ class Catalogue:
     head: Head
     cards: Mapping[int, CardEntry] = field(default_factory=dict)  # by position
     gone: frozenset[bytes] = frozenset()  # ids of releases that were withdrawn or revoked: they keep their place and are never chosen
+    today: int | None = None  # by the clock of whoever ranks; None: whether releases hold is not looked at
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -341,10 +346,13 @@ class Catalogue:
 
     @property
     def standing(self) -> NDArray[np.bool_]:
-        """Whether each release stands, (N,); one without a card here does not."""
-        if not self.gone:
-            return np.ones(len(self), bool)
-        return np.array([at in self.cards and self.cards[at].release_id not in self.gone for at in range(len(self))], bool)
+        """Whether each release stands and holds today, (N,); where some were taken back, one without a card here does not."""
+        holding: NDArray[np.bool_] = np.ones(len(self), bool)
+        if self.today is not None:
+            holding = np.array([terms.window.holds(self.today) for terms in self.terms], bool)[self.rows["terms"]]
+        if self.gone:
+            holding &= np.array([at in self.cards and self.cards[at].release_id not in self.gone for at in range(len(self))], bool)
+        return holding
 
     def only(self, positions: Sequence[int]) -> Catalogue:
         """Return the catalogue of these positions alone, under the same head."""

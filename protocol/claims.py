@@ -33,8 +33,9 @@ from protocol.privacy import (
     training_from_plain,
     training_to_plain,
 )
+from protocol.window import Window
 
-MAGIC = domain_tag("release", 2)
+MAGIC = domain_tag("release", 3)
 SIGNATURE_BYTES = 64
 NO_ID, IDS = bytes(32), 5  # the payload begins with owner, previous release, base model, map and adapter, 32 bytes each
 MAX_ENVELOPE_BYTES = 16 << 10
@@ -121,6 +122,7 @@ class Claims(Identified):
     adapter: AdapterReference | None
     card: Card
     simulated: bool  # made with noise that is not secret; a real market refuses it
+    window: Window  # when it holds
     cohort: CohortSeal | None = None  # where several owners released it together
 
     def __post_init__(self) -> None:
@@ -150,6 +152,8 @@ class Claims(Identified):
             "simulated": int(self.simulated),
             "unit": str(self.guarantee.unit),
             **_cohort_to_plain(self.cohort),
+            "valid_from": self.window.first,
+            "valid_until": self.window.last,
         }
         sealed = b"".join((*self.cohort.survivors, *self.cohort.signatures)) if self.cohort else b""
         ids = (self.owner, self.previous or NO_ID, self.base_model, self.map_id, adapter.digest if adapter else NO_ID)
@@ -180,9 +184,9 @@ def parse_claims(body: bytes) -> Claims:
     cohort, payload = _cohort_from_plain(metadata.pop("cohort", None), payload)
     fields = {
         "adapter": dict, "card": dict, "delta": str, "epsilon": str, "noise_variance": int, "relation": str, "release_number": int,
-        "simulated": int, "unit": str,
+        "simulated": int, "unit": str, "valid_from": int, "valid_until": int,
     }  # fmt: skip
-    adapter, card, delta, epsilon, variance, relation, number, simulated, unit = take(metadata, fields, "release")
+    adapter, card, delta, epsilon, variance, relation, number, simulated, unit, first, last = take(metadata, fields, "release")
     ids, payload = payload[: IDS * len(NO_ID)], payload[IDS * len(NO_ID) :]
     if len(payload) % 4 or not 8 <= len(payload) <= 4 * 4097:
         raise FormatError(f"release: expected {IDS} ids and 2 to 4097 int32 sums, got {len(ids) + len(payload)} bytes")
@@ -211,7 +215,7 @@ def parse_claims(body: bytes) -> Claims:
             raise FormatError("release.adapter: expected the unit of the specification, since both are of one population")
     claims = Claims(
         owner, number, b"" if previous == NO_ID else previous, base_model, map_id, struct.unpack(f"<{len(payload) // 4}i", payload),
-        variance, guarantee, reference, card_value, bool(simulated), cohort,
+        variance, guarantee, reference, card_value, bool(simulated), Window(first, last), cohort,
     )  # fmt: skip
     if claims.body != body:  # whatever slipped through above: only the canonical bytes are a release
         raise FormatError("release: not in canonical form")

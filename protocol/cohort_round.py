@@ -38,6 +38,7 @@ from protocol.hazmat.sharing import SECRET_BYTES, SHARE_BYTES, join, split
 from protocol.privacy import FEATURE_SCALE, MAX_UNITS, NORM_SQUARED, RECORD, Guarantee
 from protocol.release import Release
 from protocol.specification import BoundedVectors, Specification
+from protocol.window import Window
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -602,8 +603,8 @@ def sealed(result: Aggregate, signed: Sequence[bytes]) -> CohortSeal:
     return seal
 
 
-def joint_release(result: Aggregate, seal: CohortSeal, owner: bytes, number: int, previous: bytes) -> Release:
+def joint_release(result: Aggregate, seal: CohortSeal, owner: bytes, number: int, previous: bytes, window: Window) -> Release:
     """Return the release of a cohort's specification in the chain of the survivor who publishes it."""
     cohort = result.cohort
     specification = Specification(cohort.map_id, result.sums, result.variance, cohort.guarantee)
-    return Release(owner, number, previous, cohort.base_model, specification, None, Card(cohort.name), cohort.simulated, seal)
+    return Release(owner, number, previous, cohort.base_model, specification, None, Card(cohort.name), cohort.simulated, window, seal)

@@ -9,6 +9,7 @@
     ├── FeatureNormError                exit 1    a vector is longer than the bound its privacy proof needs
     ├── ModelError                      exit 2    base model or its wheel: missing, or another hash than expected
     ├── NotAdmitted                     exit 7    a specification that no honest owner under the market's policy would release
+    ├── OutsideWindow                   exit 7    a release whose days are over, or have not begun
     ├── IncompatibleSpecification       exit 2    another map, dimension or parameter set
     ├── InvalidSignature                exit 7
     ├── InvalidProof                    exit 7    the log does not hold what it should, or was rewritten
@@ -104,6 +105,12 @@ class NotAdmitted(VeilmartError):
     """A specification is outside the admission policy: no honest owner under it would have released these numbers."""
 
     code, exit_code = "specification.not-admitted", 7
+
+
+class OutsideWindow(VeilmartError):
+    """A release does not hold today: its days are over, or have not begun."""
+
+    code, exit_code = "release.window", 7
 
 
 class InvalidSignature(VeilmartError):

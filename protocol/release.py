@@ -22,6 +22,7 @@ from protocol.claims import Card as Card
 from protocol.claims import Claims, Identified, open_claims, parse_claims
 from protocol.cohort import CohortSeal as CohortSeal
 from protocol.specification import Specification
+from protocol.window import Window
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -39,6 +40,7 @@ class Release(Identified):
     adapter: AdapterReference | None
     card: Card
     simulated: bool  # made with noise that is not secret; a real market refuses it
+    window: Window  # when it holds
     cohort: CohortSeal | None = None  # where several owners released it together
 
     @cached_property
@@ -48,7 +50,7 @@ class Release(Identified):
         return Claims(
             self.owner, self.release_number, self.previous, self.base_model, specification.map_id,
             tuple(specification.noisy_sums.tolist()), specification.noise_variance, specification.guarantee,
-            self.adapter, self.card, self.simulated, self.cohort,
+            self.adapter, self.card, self.simulated, self.window, self.cohort,
         ).body  # fmt: skip
 
 
@@ -72,7 +74,7 @@ def _release_of(claims: Claims) -> Release:
     release = Release(
         claims.owner, claims.release_number, claims.previous, claims.base_model,
         Specification(claims.map_id, sums, claims.noise_variance, claims.guarantee), claims.adapter, claims.card, claims.simulated,
-        claims.cohort,
+        claims.window, claims.cohort,
     )  # fmt: skip
     release.__dict__["body"] = claims.body  # the canonical bytes are at hand: a market opens thousands of releases
     return release

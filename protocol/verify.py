@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,26 @@ from protocol.conflict import Conflict, is_conflict
 from protocol.errors import InvalidSignature, UsageError, VeilmartError
 from protocol.evidence import Verified, is_evidence, read_evidence, unpack, verify
 from protocol.transparency import Receipt, accept, open_checkpoint
+from protocol.window import day_of
 from protocol.witness import Witness, cosigned_at
 
 Shown = tuple[dict[str, Any], list[str]]
 """A result for programs, and the same for people."""
 
 
-def verify_receipt(file: Path, market_key: str | None = None, checkpoint: Path | None = None) -> Shown:
+def verify_receipt(file: Path, market_key: str | None = None, checkpoint: Path | None = None, holding: bool = False) -> Shown:
     """Return what a receipt proves; raise a VeilmartError where it does not.
 
     market_key: first digits, at least 8, of the key that must have signed it.  checkpoint: a file; must be the same one if of one size.
+    holding: raise OutsideWindow unless the release holds today, by this clock.
     """
     receipt = Receipt.from_bytes(_read(file))
     _require_market(file, receipt.market_key, market_key)
     _require_checkpoint(receipt.market_key, receipt.verify(), checkpoint)
-    return _shown_receipt(receipt)
+    return _shown_receipt(receipt, holding)
 
 
-def _shown_receipt(receipt: Receipt) -> Shown:
+def _shown_receipt(receipt: Receipt, holding: bool = False) -> Shown:
     from protocol.claims import open_claims
 
     under, claims = receipt.verify(), open_claims(receipt.envelope)
@@ -44,11 +47,15 @@ def _shown_receipt(receipt: Receipt) -> Shown:
         "size": under.size, "root": under.root.hex(),
     }  # fmt: skip
     guarantee = claims.guarantee
+    today = day_of(time.time())
+    if holding:
+        claims.window.require(today, claims.title)
     lines = [
         f"{claims.title}  signed by its owner {claims.owner.hex()[:16]}, release {claims.release_number} of that owner",
         f"specification: epsilon {guarantee.epsilon:g} at delta {guarantee.delta:g}, unit {guarantee.unit}"
         + (", made with SIMULATED noise: it protects nobody" if claims.simulated else ""),
         *_cohort_lines(claims),
+        f"holds {claims.window}" + ("" if claims.window.holds(today) else "; NOT today, by this clock"),
         f"in the log of market {receipt.market_key.hex()[:16]} at index {receipt.index} of {under.size}, root {under.root.hex()[:16]}",
     ]
     return result, lines
@@ -152,6 +159,7 @@ def _claimed(claims: Claims) -> dict[str, Any]:
         "release_id": claims.release_id.hex(), "title": claims.title, "owner": claims.owner.hex(), "release_number": claims.release_number,
         "epsilon": guarantee.epsilon, "delta": guarantee.delta, "unit": str(guarantee.unit), "simulated": claims.simulated,
         "signers": [signer.hex() for signer in claims.signers],
+        **claims.window.dates, "holds": claims.window.holds(day_of(time.time())),
     }  # fmt: skip
 
 
@@ -189,17 +197,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--market-key", metavar="HEX", help="key of the market that must have signed it")
     parser.add_argument("--checkpoint", type=Path, help="must be under exactly this one, if the sizes agree")
     parser.add_argument("--witness", metavar="KEY", help="with evidence: this witness must have signed the log")
+    parser.add_argument("--holding", action="store_true", help="with a receipt: the release must hold today")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
     try:
         evidence = given.file.is_dir() or is_evidence(_read(given.file))
         if given.witness is not None and not evidence:
             raise UsageError(f"{given.file}: a receipt bears no witness's signature", hint="--witness is for evidence")
+        if given.holding and evidence:
+            raise UsageError(f"{given.file}: many releases, each with days of its own", hint="--holding is for a receipt")
         wanted = given.file, given.market_key, given.checkpoint
         if evidence:
             result, lines = verify_bundle(*wanted, given.witness)
         else:
-            result, lines = (verify_conflict if is_conflict(_read(given.file)) else verify_receipt)(*wanted)
+            conflict = is_conflict(_read(given.file))
+            if given.holding and conflict:
+                raise UsageError(f"{given.file}: no receipt", hint="--holding is for a receipt")
+            result, lines = verify_conflict(*wanted) if conflict else verify_receipt(*wanted, given.holding)
     except VeilmartError as error:
         if given.json:
             sys.stdout.write(json.dumps({"error": {"code": error.code, "message": str(error), "hint": error.hint}}, indent=1) + "\n")

@@ -27,6 +27,7 @@ from protocol.notices import Kind, open_notice
 from protocol.privacy import PrivateTraining
 from protocol.release import SIGNATURE_BYTES, Release, open_envelope, parse_release
 from protocol.transparency import Checkpoint, Receipt, open_checkpoint
+from protocol.window import Window, day_of
 
 READ_AT_ONCE = 1024
 ORIGIN = "veilmart/"
@@ -55,6 +56,7 @@ class Entry:
     adapter_epsilon: float | None  # None without a guarantee, and without an adapter
     adapter_bytes: int  # 0 without one
     simulated: bool
+    window: Window
 
 
 def entry_of(position: int, release: Release, records: float, noise: float) -> Entry:
@@ -66,7 +68,7 @@ def entry_of(position: int, release: Release, records: float, noise: float) -> E
         release.owner.hex(), release.release_number, release.base_model.hex(), release.card.licence,
         guarantee.epsilon, guarantee.delta, str(guarantee.unit), records, noise,
         "" if trained is None else str(trained), trained.guarantee.epsilon if isinstance(trained, PrivateTraining) else None,
-        0 if adapter is None else adapter.size_bytes, release.simulated,
+        0 if adapter is None else adapter.size_bytes, release.simulated, release.window,
     )  # fmt: skip
 
 
@@ -85,7 +87,12 @@ class State:
     @property
     def version(self) -> str:
         """What changes whenever any of it does."""
-        return f"{self.size}-{len(self.notices)}-{len(self.members)}-{self.removed}"
+        return f"{self.size}-{len(self.notices)}-{len(self.members)}-{self.removed}-{self.today}"
+
+    @property
+    def today(self) -> int:
+        """The day by which it is said whether a release holds."""
+        return day_of(time.time())
 
     @cached_property
     def by_id(self) -> dict[str, Entry]:
@@ -240,4 +247,5 @@ def plain(entry: Entry, state: State) -> dict[str, Any]:
         "records": round(entry.records, 1), "noise": round(entry.noise, 5), "adapter": entry.adapter,
         "adapter_epsilon": None if entry.adapter_epsilon is None else format_decimal(entry.adapter_epsilon),
         "adapter_bytes": entry.adapter_bytes, "simulated": entry.simulated, "stands": entry.release_id not in state.gone,
+        **entry.window.dates, "holds": entry.window.holds(state.today),
     }  # fmt: skip

@@ -249,7 +249,7 @@ def audit_export(
         else:
             assert client is not None
             catalogue = client.sync(feature_map) if release else None
-            wanted = [find_release_id(name, catalogue) for name in release or ()] if catalogue else []
+            wanted = [find_release_id(name, catalogue, holding_alone=False) for name in release or ()] if catalogue else []
             data = evidence_of_market(client, feature_map, beside, wanted)
     write_durably(out, data, 0o644)
     result, lines = verify_bundle(out)

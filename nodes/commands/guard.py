@@ -283,6 +283,7 @@ def node_policy(
         "schema": "veilmart.policy/1", "population": limits.population, "unit": str(limits.unit), "maps": list(policy.maps),
         "base_models": list(policy.base_models), "epsilon_for_life": limits.budget.epsilon, "delta": limits.budget.delta,
         "largest_epsilon": limits.largest_epsilon, "smallest_epsilon": limits.smallest_epsilon, "minimum_units": limits.minimum_records,
+        "valid_days": limits.valid_days,
         "adapter": str(policy.adapter), "epsilon_adapter": policy.adapter_epsilon,
         "largest_epsilon_adapter": limits.largest_adapter_epsilon, "slot_s": policy.service.slot_s,
         "orders_per_hour": policy.service.orders_per_hour,

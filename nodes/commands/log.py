@@ -34,7 +34,7 @@ def catalogue_receipt(
 
     with MarketClient(market, ca, home) as client:
         catalogue = client.sync(open_map(which_map))  # whole: the market sees that somebody wants a receipt, and of which release
-        release_id = find_release_id(learnware, catalogue)
+        release_id = find_release_id(learnware, catalogue, holding_alone=False)
         receipt = client.receipt(release_id, catalogue.release_ids.index(release_id))
     write_durably(out, receipt.to_bytes(), 0o644)
     result = {"schema": "veilmart.receipt/1", "file": str(out), "release_id": release_id.hex(), "index": receipt.index}
@@ -121,15 +121,18 @@ def verify_release(
     file: Annotated[Path, typer.Argument(help="A receipt of `node publish` or `catalogue receipt`.")],
     market_key: MarketKey = None,
     checkpoint: Checkpoint = None,
+    holding: Annotated[bool, typer.Option("--holding", help="It must hold today, by this clock: exit code 7 if not.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check a release and its place in a market's log, offline: both signatures and the proof.  Exit code 7 if anything is wrong.
+
+    Whether the release holds today is said, and with --holding required.
 
     Example: veilmart verify release notes.receipt
     """
     from protocol.verify import verify_receipt
 
-    result, lines = verify_receipt(file, market_key, checkpoint)
+    result, lines = verify_receipt(file, market_key, checkpoint, holding)
     show(result, as_json, lines)
 
 

@@ -43,6 +43,9 @@ def node_publish(
     delta: Annotated[float, typer.Option("--delta", help="Delta of guarantee and budget.")] = 1e-6,
     budget: Annotated[float, typer.Option("--budget", help="Epsilon this node may spend for life.")] = 4.0,
     largest_epsilon: Annotated[float, typer.Option("--largest-epsilon", help="Largest epsilon of one release.")] = 2.0,
+    valid_days: Annotated[
+        int, typer.Option("--valid-days", help="How long the release holds; publishing again extends it for nothing.")
+    ] = 365,
     epsilon_adapter: EpsilonAdapter = "none",
     no_train: Annotated[bool, typer.Option("--no-train", help="Publish a specification alone.")] = False,
     population: Population = "default",
@@ -71,7 +74,8 @@ def node_publish(
     progress = console.ProgressLine(not (as_json or quiet))
     owner = Owner(
         data, home=home, name=name, summary=summary, licence=licence, recipe=recipe_of(epsilon_adapter, no_train, delta),
-        policy=Policy(Budget(budget, delta), largest_epsilon=largest_epsilon, population=population, unit=guarantee.unit),
+        policy=Policy(Budget(budget, delta), largest_epsilon=largest_epsilon, population=population, unit=guarantee.unit,
+                      valid_days=valid_days),
         feature_map=which_map, base=base, on_progress=progress,
     )  # fmt: skip
     if dry_run:
@@ -92,7 +96,7 @@ def node_publish(
         "epsilon_spec": epsilon, "delta": delta, "epsilon_adapter": epsilon_of(release.adapter),
         "epsilon_total": total_of(release), "release_bytes": envelope_bytes,
         "population": population, "unit": str(guarantee.unit), "spent": price.spent, "left": price.left, "budget": price.limit,
-        "stored_bytes_sent_again": published.stored, "receipt": str(kept),
+        "stored_bytes_sent_again": published.stored, **release.window.dates, "receipt": str(kept),
     }  # fmt: skip
     if quiet:
         console.print_lines(release.release_id.hex())
@@ -106,8 +110,9 @@ def node_publish(
         )
     lines = [
         f"published {release.title}  position {published.receipt.index}, {envelope_bytes} bytes signed"
-        + (" (paid before: the stored bytes were sent again)" if published.stored else ""),
+        + (" (paid before: nothing was charged)" if published.stored else ""),
         f"specification: epsilon {epsilon:g} at delta {delta:g}, unit {guarantee.unit}, add-or-remove-one; {adapter}",
+        f"holds {release.window}",
         f"ledger of population {population}: spent {price.spent:.2f} of {price.limit:.2f}, left {price.left:.2f}",
         f"receipt: {kept}  (`veilmart verify release` checks it offline)",
     ]

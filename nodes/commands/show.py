@@ -30,11 +30,13 @@ def show_release(
     position = catalogue.release_ids.index(release_id)
     terms, columns, title = catalogue.terms_of(position), catalogue.columns(1), catalogue.card(position).title
     guarantee, units, std = terms.guarantee, float(columns.counts[position]), float(columns.count_stds[position])
+    holds = terms.window.holds(client.today())
     stands, pulled = release_id not in catalogue.gone, home / "learnwares" / release_id.hex()
     here = str(pulled) if (pulled / "release").is_file() else None
     organisation = organisations.names[organisations.numbers[position]] or None
     result = {
         "schema": "veilmart.show/1", "release_id": release_id.hex(), "title": title, "position": position, "stands": stands,
+        "holds": holds, **terms.window.dates,
         "organisation": organisation, "epsilon": guarantee.epsilon, "delta": guarantee.delta, "unit": str(guarantee.unit),
         "units_estimated": units, "units_std": std, "noise_std": terms.noise_variance**0.5, "adapter_size_class": terms.adapter_class,
         "adapter_guarantee": terms.adapter_guarantee or None, "licence": terms.licence or None, "base_model": terms.base_model.hex(),
@@ -43,6 +45,7 @@ def show_release(
     adapter = f"at most {terms.adapter_class} bytes; guarantee: {terms.adapter_guarantee}" if terms.adapter_class else "none is published"
     lines = [
         f"{title}  position {position} of {len(catalogue)}" + ("" if stands else "  TAKEN BACK: it is chosen no more"),
+        f"holds          {terms.window}" + ("" if holds else "  NOT TODAY: it is not chosen"),
         f"id             {release_id.hex()}",
         f"organisation   {organisation or 'not named by the market'}",
         f"specification  epsilon {guarantee.epsilon:g} at delta {guarantee.delta:g}, unit {guarantee.unit}, add-or-remove-one",
@@ -52,7 +55,12 @@ def show_release(
         f"base model     {terms.base_model.hex()[:16]}; map {feature_map.name}",
         *([f"pulled         {here}"] if here else []),
     ]
-    show(result, as_json, lines, then=(f'ask -m {title} "..."' if here else f"pull {title}") if stands and terms.adapter_class else "")
+    show(
+        result,
+        as_json,
+        lines,
+        then=(f'ask -m {title} "..."' if here else f"pull {title}") if stands and holds and terms.adapter_class else "",
+    )
 
 
 COMMANDS = {"show": show_release}

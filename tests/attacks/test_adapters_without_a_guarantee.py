@@ -22,6 +22,7 @@ from protocol.hazmat.noise import operating_system
 from protocol.privacy import NOT_PRIVATE, Guarantee
 from protocol.release import AdapterReference, Card, Release, sign_release
 from protocol.specification import estimate, quantise
+from protocol.window import ALWAYS
 from tests.market_node.market import running_market
 from tests.nodes.owners import SPLIT, make_guard, tiny_map, write_records
 from tests.nodes.test_audit_training import RECORDS
@@ -50,7 +51,7 @@ def signed(model: BaseModel, reference: AdapterReference) -> tuple[Release, byte
     key, feature_map = Ed25519PrivateKey.generate(), tiny_map(model)
     sums = estimate(quantise(features(300, 1, feature_map.dimension)), feature_map.map_id, Guarantee(1.0, 1e-6), operating_system())
     owner = key.public_key().public_bytes_raw()
-    release = Release(owner, 1, b"", bytes.fromhex(model.model_id), sums, reference, Card("notes"), False)
+    release = Release(owner, 1, b"", bytes.fromhex(model.model_id), sums, reference, Card("notes"), False, ALWAYS)
     return release, sign_release(release, key)
 
 

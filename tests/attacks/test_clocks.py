@@ -42,3 +42,14 @@ BROKEN = {
 @pytest.mark.parametrize("source", BROKEN.values(), ids=BROKEN)
 def test_a_budget_that_comes_back_with_time_would_be_seen(source):
     assert clocks(source)
+
+
+def readings(source: str) -> set[str]:
+    """Return the calls in `source` that ask what time it is."""
+    calls = (node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return {call.attr for call in calls if isinstance(call, ast.Attribute)} & {"now", "today", "utcnow", "time", "time_ns"}
+
+
+def test_whether_a_release_holds_is_decided_by_the_day_that_is_given():
+    assert readings((ROOT / "protocol" / "window.py").read_text()) == set()
+    assert readings("def holds(window):\n    return window.first <= date.today().toordinal() <= window.last\n")

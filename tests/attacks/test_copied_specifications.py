@@ -18,6 +18,7 @@ from protocol.privacy import Guarantee, noise_variance
 from protocol.release import Card, Release, sign_release
 from protocol.scoring import Verdict, score, sketch_of
 from protocol.specification import NORM_SQUARED, Specification
+from protocol.window import ALWAYS
 from tests.attacks.test_forged_specifications import TASKS, VARIANCE, D, Market, built, forged
 from tests.market_node.market import running_market
 from tests.nodes.test_audit_market import WIDE, copied
@@ -32,7 +33,7 @@ def markets() -> list[Market]:
 
 
 def release_by(owner: int, specification: Specification) -> Release:
-    return Release(owner.to_bytes(32, "big"), 1, b"", bytes(32), specification, None, Card("a"), False)
+    return Release(owner.to_bytes(32, "big"), 1, b"", bytes(32), specification, None, Card("a"), False, ALWAYS)
 
 
 def changed(market: Market, specification: Specification, scale: float, noise: float) -> Specification:

@@ -32,6 +32,7 @@ from protocol.hazmat.noise import operating_system
 from protocol.privacy import Guarantee
 from protocol.release import AdapterReference, Card, Release, sign_release
 from protocol.specification import COUNT_STEP, Specification, estimate, quantise
+from protocol.window import ALWAYS
 from tests.market_node.market import running_market
 from tests.nodes.owners import LAYER, SPLIT, tiny_map
 
@@ -64,7 +65,8 @@ class World:
     def release(self, name: str, key: Ed25519PrivateKey, specification: Specification, adapter: Adapter) -> Release:
         reference = AdapterReference(bytes.fromhex(adapter.digest), len(adapter.to_bytes()))
         return Release(
-            key.public_key().public_bytes_raw(), 1, b"", bytes.fromhex(self.model.model_id), specification, reference, Card(name), False
+            key.public_key().public_bytes_raw(), 1, b"", bytes.fromhex(self.model.model_id), specification, reference, Card(name), False,
+            ALWAYS,
         )  # fmt: skip
 
     def honest(self) -> Specification:

@@ -21,6 +21,7 @@ from protocol.features import default_map
 from protocol.privacy import NORM_SQUARED, Guarantee, noise_variance
 from protocol.release import Card, Release, sign_release
 from protocol.specification import COUNT_STEP, FEATURE_SCALE, Specification
+from protocol.window import ALWAYS
 
 KINDS, DOMAINS = 200, 20
 MAP = default_map()
@@ -54,7 +55,7 @@ def releases(count: int) -> tuple[list[bytes], list[str]]:
         specification = Specification(MAP.map_id, sums, variance, guarantee)
         previous = bytes([1]) * 32 if number else b""
         made.append(
-            sign_release(Release(public, number + 1, previous, bytes(32), specification, None, Card(names[-1]), True), key)
+            sign_release(Release(public, number + 1, previous, bytes(32), specification, None, Card(names[-1]), True, ALWAYS), key)
         )  # fmt: skip
     return made, names
 

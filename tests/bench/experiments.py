@@ -18,6 +18,7 @@ from protocol.hazmat.noise import operating_system
 from protocol.privacy import Guarantee
 from protocol.scoring import Verdict, sketch_of, verdict_of
 from protocol.specification import estimate, quantise
+from protocol.window import ALWAYS
 from tests.bench.embeddings import Task
 from tests.bench.rules import (
     DELTA,
@@ -275,7 +276,7 @@ def cost(feature_map: FeatureMap, records: int = 10_000, rounds: int = 5) -> Row
         seconds.append(time.process_time() - started)
     key, adapter = Ed25519PrivateKey.generate(), AdapterReference(bytes(32), 1 << 20)
     base_model, card = bytes.fromhex(feature_map.base_model), Card("notes")
-    release = Release(key.public_key().public_bytes_raw(), 1, b"", base_model, specification, adapter, card, simulated=False)
+    release = Release(key.public_key().public_bytes_raw(), 1, b"", base_model, specification, adapter, card, False, ALWAYS)
     return {
         "records": records,
         "cpu_seconds": round(float(np.median(seconds)), 3),

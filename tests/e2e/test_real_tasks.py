@@ -21,6 +21,7 @@ from protocol.privacy import NORM_SQUARED, Guarantee, noise_variance
 from protocol.release import Card, Release, open_envelope, sign_release
 from protocol.scoring import TIE_STDS, Match, Ranking, Sketch, Verdict, accepted_in, score_releases, sketch_of, verdict_of
 from protocol.specification import Specification, estimate, quantise
+from protocol.window import ALWAYS
 from tests.e2e.processes import market_process, memory_of
 from tests.protocol.cohorts import Carrier, cohort_of, owners, public, release_from
 from tests.rankings import farthest_exchanged
@@ -124,7 +125,7 @@ def test_an_encrypted_query_ranks_as_the_mirror_does_on_twenty_real_tasks(data, 
             specification = estimate(quantise(features), MAP.map_id, Guarantee(1.0, 1e-6), operating_system())
             key = Ed25519PrivateKey.generate()
             base = bytes.fromhex(model.model_id)
-            release = Release(key.public_key().public_bytes_raw(), 1, b"", base, specification, None, Card(task), False)
+            release = Release(key.public_key().public_bytes_raw(), 1, b"", base, specification, None, Card(task), False, ALWAYS)
             client.publish(sign_release(release, key))
         for task in tasks:
             records = read_records(data / task / "test.jsonl", 50)

@@ -78,7 +78,7 @@ def test_no_answer_of_one_node_ends_the_campaign_of_the_others(tmp_path, market)
     good = [envelope_of(MAP, Ed25519PrivateKey.generate(), seed=n) for n in range(2)]
     forged = good[0][:-1] + bytes([good[0][-1] ^ 1])
     surrogate = b'{"\\ud800":1}'
-    odd = b"veilmart/release/v2\0" + len(surrogate).to_bytes(4, "little") + surrogate + bytes(72)
+    odd = b"veilmart/release/v3\0" + len(surrogate).to_bytes(4, "little") + surrogate + bytes(72)
     app, count = nodes_that_answer(
         release(good[0]), RecordDict(), release(1 << 40), release("text"), RecordDict({"release": ConfigRecord({})}),
         release(forged), Error(8, "gone"), release(odd), release(b""), lambda n: release(good[1] if n > 1 else b""), release(b"x" * 100),

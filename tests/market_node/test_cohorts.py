@@ -22,6 +22,7 @@ from protocol.hazmat.noise import NoiseSource, operating_system
 from protocol.processes import free_port
 from protocol.release import open_envelope
 from protocol.specification import quantise
+from protocol.window import ALWAYS
 from tests.market_node.market import running_market
 from tests.market_node.test_campaigns import KeyedGrid, key
 from tests.protocol.cohorts import owners, public
@@ -42,7 +43,14 @@ class Owner:
         rules = CohortRules("joint", frozenset(map(public, KEYS)))
         serves = MAP.map_id, BASE, MAP.dimension
         self.rounds = Rounds(
-            rules, owner_key, self.ledger, noise or operating_system(), serves, lambda cohort: None, lambda minimum: self.vectors
+            rules,
+            owner_key,
+            self.ledger,
+            noise or operating_system(),
+            serves,
+            lambda cohort: None,
+            lambda minimum: self.vectors,
+            lambda: ALWAYS,
         )
 
     def request(self, order):

@@ -33,6 +33,7 @@ from protocol.privacy import noise_variance
 from protocol.release import AdapterReference, Card, Release, open_envelope, sign_release
 from protocol.specification import COUNT_STEP, FEATURE_SCALE, NORM_SQUARED, Specification
 from protocol.transparency import root_of_all
+from protocol.window import ALWAYS
 from tests.market_node.local import LocalStub, QuietService
 from tests.protocol.worlds import CONSTANTS, ONE
 
@@ -201,7 +202,7 @@ class MarketMachine(RuleBasedStateMachine):
         self.files[reference.digest] = data
         owner, previous = key.public_key().public_bytes_raw(), b"" if number == 1 else bytes([1]) * 32
         base, card = bytes.fromhex(MAP.base_model), Card(f"release-{place}")
-        return sign_release(Release(owner, number, previous, base, specification, reference, card, simulated=False), key)
+        return sign_release(Release(owner, number, previous, base, specification, reference, card, False, ALWAYS), key)
 
     def send(self, who, envelope, losses):
         whose = self.sent[envelope]

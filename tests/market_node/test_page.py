@@ -356,6 +356,18 @@ def test_what_comes_later_is_shown_and_what_was_taken_back_is_not(made, market_k
     reading.close()
 
 
+def test_a_release_whose_days_are_over_is_shown_as_such(client, made, monkeypatch):
+    entry = client.reading.state().entries[0]
+    for day, holds in ((entry.window.last, True), (entry.window.last + 1, False)):
+        monkeypatch.setattr("market_node.page.reading.day_of", lambda seconds, day=day: day)
+        shown = client.get(f"/releases/{entry.release_id}.json").json()["release"]
+        assert (shown["holds"], shown["valid_until"]) == (holds, entry.window.dates["valid_until"])
+        page = client.get(f"/releases/{entry.release_id}").text
+        assert shown["valid_from"] in page
+        assert ("It does not hold today" in page) == (not holds)
+        assert ("does not hold today" in client.get("/").text) == (not holds)
+
+
 def test_nothing_can_be_written_through_what_the_page_holds(reading, made):
     with pytest.raises(OperationalError, match="readonly"):
         reading.store.keep_cosigned("a", 1, b"x")

@@ -308,10 +308,10 @@ def test_a_call_without_an_end_is_refused(stub, timeout):
 
 
 def test_an_error_keeps_its_own_code_and_its_text_stays_short(stub):
-    later = domain_tag("release", 3) + bytes(200)
+    later = domain_tag("release", 4) + bytes(200)
     assert refused(lambda: publish(stub, later)) == (grpc.StatusCode.INVALID_ARGUMENT, "format.version")
     text = canonical_json({"a" * 12_000: 1})
-    long = domain_tag("release", 2) + len(text).to_bytes(4, "little") + text + bytes(72)
+    long = domain_tag("release", 3) + len(text).to_bytes(4, "little") + text + bytes(72)
     assert refused(lambda: publish(stub, long)) == (grpc.StatusCode.INVALID_ARGUMENT, "format")
 
 

@@ -23,6 +23,7 @@ from protocol.features import default_map
 from protocol.hazmat.noise import operating_system
 from protocol.privacy import Guarantee
 from protocol.specification import estimate, quantise
+from protocol.window import Window
 from protocol.wire import market_pb2 as pb
 from protocol.wire.market_pb2_grpc import MarketStub
 from tests.market_node.market import NOW, running_market
@@ -111,7 +112,7 @@ def test_publish_find_and_pull_send_what_is_explained(tmp_path, tiny_model_direc
         assert not_explained(sent, explained("node rotate-key", feature_map, releases=1)) == []
         sent.clear()
         with MarketClient(address, ca, tmp_path / "other") as client:
-            client.publish(envelope_of(feature_map, Ed25519PrivateKey.generate(), seed=1))
+            client.publish(envelope_of(feature_map, Ed25519PrivateKey.generate(), seed=1, window=Window(20_000, 30_000)))
         assert not_explained(sent, explained("pull", feature_map, releases=1)), "another command's message is not taken for explained"
 
 

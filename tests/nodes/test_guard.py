@@ -16,6 +16,7 @@ from protocol.features import default_map
 from protocol.hazmat.noise import NoiseSource
 from protocol.privacy import Guarantee, PrivacyUnit
 from protocol.release import Card, open_envelope
+from protocol.window import Window
 from tests.nodes.owners import MARKER, make_guard, tiny_map, write_records
 
 ONE = Order(Guarantee(1.0, 1e-6))
@@ -378,3 +379,51 @@ def test_one_product_over_all_records_would_let_them_touch_each_other():
     made = embeddings(1000, feature_map.width)
     if feature_map(made)[:3].tobytes() == feature_map(made[:3]).tobytes():
         pytest.skip("the linear algebra of this machine computes every shape alike")
+
+
+def test_a_window_is_renewed_for_nothing_and_the_specification_stays(tmp_path, data, model):
+    day = [20_000]
+    guard = make_guard(tmp_path / "home", data, model, policy=Policy(valid_days=90), now=lambda: day[0] * 86_400.0 + 5)
+    first = guard.release(ONE)
+    spent = guard.price(ONE.guarantee).spent
+    assert open_envelope(first).window == Window(20_000, 20_089)
+    day[0] += 59
+    assert guard.release(ONE) == first
+    day[0] += 1  # the last third
+    again = make_guard(tmp_path / "home", data, model, forbidden_noise(), policy=Policy(valid_days=30), now=lambda: day[0] * 86_400.0)
+    second = again.release(ONE)
+    assert again.release(ONE) == second
+    old, new = open_envelope(first), open_envelope(second)
+    assert (new.release_number, new.previous, new.window) == (2, old.release_id, Window(20_060, 20_089))
+    assert (new.specification.noisy_sums == old.specification.noisy_sums).all()
+    assert (new.adapter, new.card) == (old.adapter, old.card)
+    assert again.price(ONE.guarantee).spent == spent
+    assert guard.collect() == second
+    write_records(data, 41)  # control: other records are another draw, and cost
+    with pytest.raises(AssertionError, match="noise was drawn"):
+        again.release(ONE)
+    guard.release(ONE)
+    assert guard.price(ONE.guarantee).spent > spent
+
+
+def test_a_window_of_a_clock_that_was_ten_years_ahead_is_put_right_for_nothing(tmp_path, data, model):
+    now = [10 * 365 * 86_400.0 + 20_000 * 86_400]
+    guard = make_guard(tmp_path / "home", data, model, now=lambda: now[0])
+    guard.release(ONE)
+    spent = guard.price(ONE.guarantee).spent
+    now[0] = 20_000 * 86_400.0
+    assert open_envelope(guard.release(ONE)).window == Window(20_000, 20_364)
+    now[0] -= 10 * 365 * 86_400
+    assert open_envelope(guard.release(ONE)).window.first == 20_000 - 3_650
+    assert guard.price(ONE.guarantee).spent == spent
+
+
+def test_orders_of_others_renew_nothing(tmp_path, data, model):
+    day = [20_000]
+    guard = make_guard(tmp_path / "home", data, model, now=lambda: day[0] * 86_400.0)
+    first = guard.release(ONE)
+    day[0] += 5000
+    guard.request(ONE)
+    guard.work()
+    assert (guard.collect(), guard.failures) == (first, [])
+    assert guard.release(ONE) != first  # control: the owner does

@@ -72,7 +72,7 @@ def test_a_local_copy_of_another_form_is_dropped(tmp_path):
     with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(address, ca, tmp_path / "home") as client:
         publish_three(client)
         folder = client._folder(client.describe())
-        assert folder.name.endswith("-v2")
+        assert folder.name.endswith("-v3")
         for ask in (client.sync, client.mirror):
             _write_entries(folder / "rows", [b"x" * 57, b"y" * 60])  # one entry a row, as before catalogue v2
             found = ask(MAP)

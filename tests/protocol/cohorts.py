@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from protocol.cohort import CohortSeal
 from protocol.cohort_round import Aggregate, Cohort, Member, Roster, Transcript, aggregate, boxes_in, cosign, sealed
 from protocol.privacy import Guarantee
+from protocol.window import ALWAYS
 
 ONE = Guarantee(1.0, 1e-6)
 BASE = bytes([7]) * 32
@@ -91,4 +92,4 @@ def release_from(carrier: Carrier, keys):
 
     result = aggregate(carrier.cohort, carrier.transcript())
     publisher = next(key for key in keys if public(key) == result.survivors[0])
-    return joint_release(result, sealed_by(result, keys), public(publisher), 1, b""), publisher
+    return joint_release(result, sealed_by(result, keys), public(publisher), 1, b"", ALWAYS), publisher

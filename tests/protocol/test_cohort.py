@@ -33,6 +33,7 @@ from protocol.release import Card, open_envelope, sign_release
 from protocol.specification import BoundedVectors, quantise
 from protocol.transparency import Checkpoint, Receipt, leaf_hash, origin_of, sign_checkpoint
 from protocol.verify import verify_receipt
+from protocol.window import ALWAYS
 from tests.protocol.cohorts import ONE, Carrier, carrier_of, cohort_of, owners, public, release_from, sealed_by
 from tests.protocol.worlds import ADAPTER, features
 
@@ -558,7 +559,9 @@ def test_a_seal_needs_the_signatures_of_all_survivors():
         cosign(result, KEYS[0])
     with pytest.raises(FormatError, match="signatures of all"):
         CohortSeal(carrier.cohort.cohort_id, carrier.cohort.resilience, result.survivors, (bytes(64),))
-    open_envelope(sign_release(joint_release(result, sealed_by(result, KEYS), result.survivors[0], 1, b""), _key_of(result.survivors[0])))
+    open_envelope(
+        sign_release(joint_release(result, sealed_by(result, KEYS), result.survivors[0], 1, b"", ALWAYS), _key_of(result.survivors[0]))
+    )
 
 
 def _key_of(owner: bytes):

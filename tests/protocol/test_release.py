@@ -79,6 +79,11 @@ WAYS_TO_CHEAT = {
     "a second release without a predecessor": lambda m: m.update(release_number=2),
     "an adapter with a guarantee that nobody checked": lambda m: m["adapter"].update(guarantee="epsilon 1"),
     "an adapter of a gigabyte": lambda m: m["adapter"].update(size_bytes=1 << 30),
+    "a window that ends before it begins": lambda m: m.update(valid_from=m["valid_until"] + 1),
+    "a window without an end": lambda m: m.pop("valid_until"),
+    "a window beyond the end of days": lambda m: m.update(valid_until=1 << 16),
+    "a window before 1970": lambda m: m.update(valid_from=-1),
+    "a window of hours": lambda m: m.update(valid_from="20000.5"),
     "a name with a path": lambda m: m["card"].update(name="../x"),
 }
 
@@ -178,7 +183,7 @@ def test_another_key_cannot_sign_for_the_owner():
 
 def test_another_version_is_named_as_such():
     with pytest.raises(UnsupportedVersion):
-        open_envelope(resigned(BODY.replace(b"/v2\0", b"/v9\0", 1)))
+        open_envelope(resigned(BODY.replace(b"/v3\0", b"/v2\0", 1)))
 
 
 @settings(max_examples=500, deadline=None)

@@ -9,6 +9,7 @@ from protocol.hazmat.noise import operating_system
 from protocol.privacy import Guarantee
 from protocol.release import AdapterReference, Card, Release, sign_release
 from protocol.specification import estimate, quantise
+from protocol.window import ALWAYS, Window
 
 WIDTH, DIMENSION = 8, 4
 CONSTANTS = ScoringConstants(between=0.01, within=0.2, norm=0.5, norm_std=0.2, drift=0.001, related=0.5, threshold=2.5)
@@ -49,11 +50,13 @@ def release_of(
     adapter=None,
     guarantee: Guarantee = ONE,
     count: int = 300,
+    window: Window = ALWAYS,
 ) -> Release:
     specification = estimate(quantise(features(count, seed, feature_map.dimension)), feature_map.map_id, guarantee, operating_system())
     previous = b"" if number == 1 else bytes([1]) * 32
     base = bytes.fromhex(feature_map.base_model)
-    return Release(key.public_key().public_bytes_raw(), number, previous, base, specification, adapter, Card(f"owner-{seed}"), simulated)
+    card = Card(f"owner-{seed}")
+    return Release(public(key), number, previous, base, specification, adapter, card, simulated, window)
 
 
 def envelope_of(feature_map: FeatureMap, key: Ed25519PrivateKey, **how) -> bytes:
