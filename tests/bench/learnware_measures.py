@@ -95,9 +95,9 @@ class Evidence:
         """The same of a user's own texts."""
         return [np.stack([self.cells("none", owner.name, task)[1].nats for owner in self.run.owners]) for task in self.run.tasks]
 
-    def matrix(self, block: str, owners: Sequence[Owner]) -> Matrix:
-        """Return the matrix of some specialists of a block on the evaluated tasks."""
-        found = [[self.cells(block, owner.name, task)[0] for task in self.run.tasks] for owner in owners]
+    def matrix(self, block: str, owners: Sequence[Owner], tasks: Sequence[str]) -> Matrix:
+        """Return the matrix of some specialists of a block on some of the evaluated tasks."""
+        found = [[self.cells(block, owner.name, task)[0] for task in tasks] for owner in owners]
         return Matrix(np.array([[cell.loss for cell in row] for row in found]), np.array([[cell.exact for cell in row] for row in found]))
 
     def alone(self, name: str) -> tuple[Array, Array]:
@@ -189,7 +189,7 @@ def evaluate(found: Evidence) -> tuple[Tally, Row]:
     """Return the losses of every policy in every scenario, and what was fitted."""
     run, settings = found.run, found.settings
     world, public = found.world(False), found.world(True)
-    matrix = found.matrix("none", run.owners)
+    matrix = found.matrix("none", run.owners, run.tasks)
     base, base_exact = found.alone(BASE)
     pooled, pooled_exact = found.alone(POOLED)
     kept = scenarios(world.owners, world.tasks)
