@@ -326,15 +326,16 @@ class Ledger:
         return Price(asked, before, total, self.budget.epsilon, delta, rule)
 
     def charge(
-        self, request: bytes, charge: Charge, make: Callable[[int, bytes], tuple[bytes, bytes]], *, first_only: bool = False
-    ) -> bytes:
+        self, request: bytes, charge: Charge, make: Callable[[int, bytes], tuple[bytes, bytes]], *, first_only: bool = False,
+        origin: Origin = Origin.DRAWN,
+    ) -> bytes:  # fmt: skip
         """Return the envelope for a request: the stored one, or a new one that is charged and stored in one transaction.
 
         first_only: if anything was charged already, return the newest stored envelope instead, whatever the request.
 
         make(release number, id of the previous release) draws the noise and returns (release id, envelope).  It is called only after
-        admission; if it raises, nothing is charged.  A charge without events is of a specification
-        that was paid before.  Raises BudgetSpent or LedgerBehind before anything is drawn.
+        admission; if it raises, nothing is charged.  A charge without events is of a specification that was paid before; `origin` says so.
+        Raises BudgetSpent or LedgerBehind before anything is drawn.
         """
         with self._transaction() as db:
             _verified(db)  # never build on a chain that something else has touched since it was opened
@@ -351,7 +352,6 @@ class Ledger:
                 self._price(db, charge).require()
             number, previous = _next_release(db)
             release_id, envelope = make(number, previous)
-            origin = Origin.DRAWN if charge.events else Origin.RENEWED
             _append(db, number, request, charge, origin, release_id, envelope)
         return envelope
 

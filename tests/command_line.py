@@ -15,6 +15,8 @@ import click
 from nodes import command
 from nodes.configuration import commands_of
 
+# The limit would be that of this process from then on, which could never raise it again.
+_dumps = functools.partial(mock.patch.object, command, "dump_no_core")
 _program = functools.cache(command.program)  # what it is made of does not change, and making it is most of what a small test costs
 ROOT = _program(None)
 COMMANDS = {" ".join(words): found for words, found in commands_of(ROOT)}
@@ -50,7 +52,7 @@ def run(capsys, *words: str, home=None, **environment: str) -> Done:
     given = {**environment, **({"VEILMART_HOME": str(home)} if home is not None else {})}
     capsys.readouterr()
     argv = mock.patch.object(sys, "argv", ["veilmart", *words])
-    with mock.patch.dict(os.environ, given), mock.patch.object(command, "program", _program), argv:
+    with mock.patch.dict(os.environ, given), mock.patch.object(command, "program", _program), _dumps(), argv:
         try:
             command.main()
         except SystemExit as ended:
@@ -63,7 +65,7 @@ def typed(words: list[str], folder: Path, environment: Mapping[str, str]) -> tup
     """Run a command as `run` does, in a folder and an environment of its own; return what it prints, on either output, and how it ended."""
     out = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        with mock.patch.dict(os.environ, environment, clear=True), mock.patch.object(sys, "argv", ["veilmart", *words]):
+        with mock.patch.dict(os.environ, environment, clear=True), mock.patch.object(sys, "argv", ["veilmart", *words]), _dumps():
             try:
                 command.main()
             except SystemExit as ended:

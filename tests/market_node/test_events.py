@@ -22,8 +22,8 @@ from tests.protocol.worlds import small_map
 ROOT = Path(__file__).parents[2]
 SECRET = "PRIVATE-5519"
 EVENTS = [kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event) and kind is not Event]
-# What the market's process runs; the ServerApp of a campaign, in a process of Flower's, logs on a logger of its own.
-SERVED = sorted(path for path in (ROOT / "market_node").glob("*.py") if path.name not in ("events.py", "flower.py"))
+# What the market's process runs; the ServerApp of a campaign (flower.py, cohort.py), in a process of Flower's, logs on a logger of its own.
+SERVED = sorted(path for path in (ROOT / "market_node").glob("*.py") if path.name not in ("events.py", "flower.py", "cohort.py"))
 
 
 def line_of(record: logging.LogRecord) -> dict:
