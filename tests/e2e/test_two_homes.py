@@ -111,5 +111,5 @@ def test_another_market_with_the_same_address_is_not_believed(published):
     root, market, _ = published
     task = write_task(root / "fourth.jsonl", OWNERS[0], "test", 40)
     with market_process(root / "impostor") as (started, _):
-        veilmart("find", task, "--market", started["address"], "--ca", market[3], home=root / "querier", code=6)
+        veilmart("find", task, "--market", started["address"], "--ca", market[3], home=root / "querier", code=7)
     shutil.rmtree(root / "impostor")
