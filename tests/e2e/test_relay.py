@@ -61,7 +61,7 @@ def test_a_question_goes_through_a_market_that_keeps_everything_and_shows_it_not
         address, ca = started["address"], started["ca"]
         monkeypatch.setenv("VEILMART_MARKET", address)
         monkeypatch.setenv("VEILMART_CA", ca)
-        data, policy = write_records(tmp_path / "wool.jsonl"), write_policy(tmp_path / "policy.toml", more=RELAY)
+        data, policy = write_records(tmp_path / "wool.jsonl", 200), write_policy(tmp_path / "policy.toml", more=RELAY)
         with guard_process(tmp_path / "owner", data, tiny_model_directory, policy, which_map=which_map) as (guard, ready, process):
             assert ready["relay"] == address
             guard.request(Order(Guarantee(1.0, 1e-6)))
