@@ -16,6 +16,8 @@ from protocol.processes import Program, Supervisor, dies_with_us, free_port
 LOG = "page.log"
 GENTLE = 10  # how much the page gives way to the market where both want the same core
 CONNECTIONS = 256
+# The map's axes come from small matrices: more threads gain nothing there, and spin on the cores that the market wants.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def serve(home: Path, where: str, which_map: str, *, market_key: bytes | None, ready: Callable[[str], None]) -> None:
@@ -63,7 +65,7 @@ def beside(home: Path, where: str, which_map: str, market_key: bytes) -> Iterato
     host, port = host_and_port(where, "--page")
     port = port or free_port()
     words = (sys.executable, "-m", "market_node.page", str(home), f"{host}:{port}", which_map, market_key.hex())
-    with Supervisor([Program("page", (*dies_with_us(), *words), os.environ, home / LOG)]):
+    with Supervisor([Program("page", (*dies_with_us(), *words), {**os.environ, **ONE_THREAD}, home / LOG)]):
         yield shown(host, port)
 
 
