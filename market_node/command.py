@@ -207,7 +207,8 @@ def invite(
         raise UsageError(f"{market_home}: no market here yet", hint="`veilmart market up` makes one")
     if address is None:
         if not (market_home / ADDRESS).is_file():
-            raise UsageError("market invite: expected --address", hint="HOST:PORT as the organisation reaches this market")
+            hint = 'HOST:PORT as the organisation reaches it; a market that has said "market HOST:PORT" once is known here'
+            raise UsageError("market invite: expected --address, since this market was not up yet", hint=hint)
         address = (market_home / ADDRESS).read_text().strip()
         if address.startswith(("0.0.0.0:", "[::]:")):  # where this market listens, and where nobody else finds it
             hint = "HOST:PORT as the organisation reaches this market"

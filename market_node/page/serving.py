@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from market_node.events import tell_of_end
 from market_node.metrics import host_and_port, is_loopback
 from protocol.errors import UsageError
 from protocol.processes import Program, Supervisor, dies_with_us, free_port
@@ -65,7 +66,8 @@ def beside(home: Path, where: str, which_map: str, market_key: bytes) -> Iterato
     host, port = host_and_port(where, "--page")
     port = port or free_port()
     words = (sys.executable, "-m", "market_node.page", str(home), f"{host}:{port}", which_map, market_key.hex())
-    with Supervisor([Program("page", (*dies_with_us(), *words), {**os.environ, **ONE_THREAD}, home / LOG)]):
+    program = Program("page", (*dies_with_us(), *words), {**os.environ, **ONE_THREAD}, home / LOG)
+    with Supervisor([program], tell_of_end):
         yield shown(host, port)
 
 

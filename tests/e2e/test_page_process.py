@@ -55,6 +55,7 @@ def test_a_page_that_cannot_start_or_is_killed_leaves_the_market_and_comes_back(
             assert started["page"] == f"http://127.0.0.1:{port}/"
             log = home / "market" / "page.log"
             wait_for(lambda: log.exists() and "in use" in log.read_text(), PATIENCE_S)
+            wait_for(lambda: '"event": "ProgramEnded", "program": "page", "exit_code": 2' in (home / "market.log").read_text(), PATIENCE_S)
             require_serving(started["address"], ca, PATIENCE_S)
             somebody.close()
             wait_for(lambda: read(started["page"] + "healthz") == (200, "serving\n"), PATIENCE_S)
