@@ -44,7 +44,7 @@ OPTIONS = [
     # measured); here the service tells each of them when to come again.
     ("grpc.server.max_pending_requests", 20_000),
     ("grpc.server.max_pending_requests_hard_limit", 30_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),  # clients ask every 10 s whether the connection still carries anything
+    ("grpc.http2.min_ping_interval_without_data_ms", 5000),  # clients ask every 10 s whether the connection still carries anything
     ("grpc.http2.max_ping_strikes", 2),
     ("grpc.so_reuseport", 0),  # a second market on the same port must fail, not share it
 ]
