@@ -81,7 +81,8 @@ def error_from_status(error: Any) -> VeilmartError:
     status = error.code()
     # A stranger wrote it and a terminal will show it: no control characters, no length that hides what follows.
     details = "".join(character for character in error.details() or "" if character.isprintable())[:500]
-    if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+    # CANCELLED: a market that stops ends what it could not finish in its last seconds.
+    if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         if any(words in (error.details() or "") for words in UNTRUSTED):
             return UntrustedMarket(
                 "market: the certificate that is shown there is not of the given authority, for this name and this time",
