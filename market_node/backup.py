@@ -6,16 +6,22 @@ the newest checkpoint it gave out, and serves only a log that holds it: a databa
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlalchemy import Engine, select
+
 from market_node.campaigns import all_campaigns, campaigns_of
+from market_node.database import URL_FILE, copy_records, file_engine, is_shared, is_there, open_engine, readable, use
+from market_node.migrations import MARKET, declared, upgrade
 from market_node.store import Store
-from protocol.errors import FormatError, InvalidProof, NotFound, UsageError
+from protocol.errors import FormatError, InvalidProof, NotFound, UsageError, VeilmartError
 from protocol.keys import write_durably
 from protocol.transparency import Checkpoint, open_checkpoint, root_of_all
 
@@ -67,24 +73,34 @@ def require_newest_notices(store: Store) -> None:
         )
 
 
+@contextmanager
+def _keeping(home: Path) -> Iterator[None]:
+    # Two processes of one market would each compare with the same older file, and the smaller of their two could stay.
+    with (home / "newest.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def keep_newest_notices(home: Path, size: int, root: bytes) -> None:
     """Keep size and root of the notices that are about to be given out, unless a larger list is kept."""
     path = home / NEWEST_NOTICES
-    if not path.exists() or int.from_bytes(path.read_bytes()[:8], "little") < size:
-        write_durably(path, size.to_bytes(8, "little") + root, 0o644)
+    with _keeping(home):
+        if not path.exists() or int.from_bytes(path.read_bytes()[:8], "little") < size:
+            write_durably(path, size.to_bytes(8, "little") + root, 0o644)
 
 
 def keep_newest(home: Path, note: bytes, size: int, market_key: bytes) -> None:
     """Keep a checkpoint that is about to be given out, unless a larger one is kept."""
     path = home / NEWEST
-    if not path.exists() or open_checkpoint(path.read_bytes(), market_key).size < size:
-        write_durably(path, note, 0o644)
+    with _keeping(home):
+        if not path.exists() or open_checkpoint(path.read_bytes(), market_key).size < size:
+            write_durably(path, note, 0o644)
 
 
 def back_up(home: Path, folder: Path, *, keys: bool, on_progress: Progress = lambda stage, done, of: None) -> Backup:
     """Copy a market, which may go on serving, into a new folder; raise UsageError for one that is not empty."""
     _require_empty(folder)
-    if not (home / "market.db").exists():
+    if not is_there(home):
         raise NotFound(f"{home}: no market here yet", hint="`veilmart market up` makes one")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     # Campaigns and checkpoint first: the database that is copied after them holds at least what they say was published.
@@ -93,12 +109,16 @@ def back_up(home: Path, folder: Path, *, keys: bool, on_progress: Progress = lam
         if (home / name).exists():
             write_durably(folder / name, (home / name).read_bytes(), 0o644)
     os.close(os.open(folder / "market.db", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))  # a folder that was there may be open to all
-    source, target = sqlite3.connect(f"file:{home / 'market.db'}?mode=ro", uri=True), sqlite3.connect(folder / "market.db")
-    try:
-        source.backup(target, pages=1000, progress=lambda status, left, of: on_progress("database", of - left, of))
-    finally:
-        source.close()
-        target.close()
+    if is_shared(home):
+        with readable(home):
+            _copy(open_engine(home, MARKET, reads_only=True), file_engine(folder / "market.db"))
+    else:
+        source, target = sqlite3.connect(f"file:{home / 'market.db'}?mode=ro", uri=True), sqlite3.connect(folder / "market.db")
+        try:
+            source.backup(target, pages=1000, progress=lambda status, left, of: on_progress("database", of - left, of))
+        finally:
+            source.close()
+            target.close()
     adapters = [path for path in sorted((home / "adapters").glob("*")) if not path.name.startswith(".")]
     (folder / "adapters").mkdir(mode=0o700)
     for done, path in enumerate(adapters, start=1):
@@ -110,14 +130,17 @@ def back_up(home: Path, folder: Path, *, keys: bool, on_progress: Progress = lam
     return _checked(folder, keys, on_progress)
 
 
-def restore(folder: Path, home: Path, *, on_progress: Progress = lambda stage, done, of: None) -> Backup:
+def restore(folder: Path, home: Path, *, database: str = "", on_progress: Progress = lambda stage, done, of: None) -> Backup:
     """Put a backup, verified release by release, into an empty folder; keys that lie in `home` already stay.
 
+    database: URL of PostgreSQL, empty, where the records are to lie; "" for a file in the folder.
     Raises UsageError if the market's database is there, FormatError or InvalidProof for a backup that does not hold what it says.
     """
     # What SQLite wrote beside a database that was killed, and that somebody moved away, would be played into the one that is restored.
     if any((home / name).exists() for name in DATABASE):
         raise UsageError(f"{home}: there is a market already", hint=f"restore into another --home, or move {', '.join(DATABASE)} away")
+    if is_shared(home):
+        raise UsageError(f"{home}: there is a market already, in PostgreSQL", hint="restore into another --home")
     found = _checked(folder, (folder / "market.key").exists(), on_progress)
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name in KEYS:
@@ -131,8 +154,31 @@ def restore(folder: Path, home: Path, *, on_progress: Progress = lambda stage, d
     for here, there in ((home / name, folder / name) for name in (NEWEST, NEWEST_NOTICES)):
         if there.exists() and not here.exists():
             write_durably(here, there.read_bytes(), 0o644)
-    write_durably(home / "market.db", (folder / "market.db").read_bytes())  # last: without it there is no market here
+    # Last: without it there is no market here.
+    if database:
+        use(home, database)
+        try:
+            with readable(home):
+                _copy(file_engine(folder / "market.db"), open_engine(home, MARKET))
+        except VeilmartError:
+            (home / URL_FILE).unlink()
+            raise
+    else:
+        write_durably(home / "market.db", (folder / "market.db").read_bytes())
     return found
+
+
+def _copy(source: Engine, target: Engine) -> None:
+    """Copy a market's records into a database without any."""
+    try:
+        upgrade(target, MARKET)
+        with target.connect() as db:
+            if any(db.execute(select(table).limit(1)).first() for table in declared(MARKET).sorted_tables):
+                raise UsageError("--database: there is a market already", hint="restore into an empty database")
+        copy_records(source, target, declared(MARKET))
+    finally:
+        source.dispose()
+        target.dispose()
 
 
 def _copy_campaigns(source: Path, target: Path) -> None:

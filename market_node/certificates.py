@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, Integer, LargeBinary, String, Table, func, insert, or_, select, update
+from sqlalchemy import Column, LargeBinary, String, Table, func, insert, or_, select, update
 
 from market_node.authority import CERTIFICATE, COURIER_FILE, KEY, NEXT_KEY, alone, authorities, issue, private_pem, public_pem
-from market_node.store import METADATA, Beside
+from market_node.store import METADATA, Beside, Whole
 from protocol.certificates import Name, Request, issued_by, load_certificates, name_in, new_tls_key, public_bytes, require_current
 from protocol.errors import FormatError, NotFound, QuotaExceeded, Unauthorised
 from protocol.keys import read_secret, write_durably
@@ -35,9 +35,9 @@ ISSUED = Table(
     Column("serial", String(40), primary_key=True),  # hexadecimal
     Column("name", String, nullable=False),  # protocol/certificates.py
     Column("key_digest", LargeBinary(32), nullable=False),  # SHA-256 of the TLS key
-    Column("issued", Integer, nullable=False),  # seconds since 1970
-    Column("ends", Integer, nullable=False),
-    Column("revoked", Integer),
+    Column("issued", Whole, nullable=False),  # seconds since 1970
+    Column("ends", Whole, nullable=False),
+    Column("revoked", Whole),
 )
 
 

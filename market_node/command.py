@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from market_node import campaign_command, pki_command
-from market_node.options import Authority, Home, Json, MarketAddress, Quiet
+from market_node.options import Authority, DatabaseUrl, Home, Json, MarketAddress, Quiet
 from protocol import console
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def up(
         str, typer.Option("--page", metavar="[HOST:]PORT", help="Where a process of its own serves the market's page; 0 picks a free port.")
     ] = "7480",
     no_page: Annotated[bool, typer.Option("--no-page", help="Serve no page.")] = False,
+    database: DatabaseUrl = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line when ready.")] = False,
 ) -> None:
     """Run a market until it is interrupted.
@@ -147,7 +148,7 @@ def up(
         market_home, host, port, open_map(which_map), policy,
         simulation=simulation, names=tuple(name or ()), witnesses=witnesses, ready=ready, beside=beside,
         everybody=everybody or simulation, fleet=fleet, metrics=metrics, limits=limits, members_port=members_port,
-        page="" if no_page else page, page_map=which_map,
+        page="" if no_page else page, page_map=which_map, database=database,
     )  # fmt: skip
 
 
@@ -431,6 +432,7 @@ def backup(
 def restore(
     home: Home,
     folder: Annotated[Path, typer.Argument(help="A backup of `veilmart market backup`.")],
+    database: DatabaseUrl = "",
     as_json: Json = False,
 ) -> None:
     """Put a backup where no market is.  One that is older than what this market signed is not served.
@@ -440,7 +442,7 @@ def restore(
     from market_node.backup import restore
 
     progress = console.ProgressLine(not as_json)
-    found = restore(folder, home / "market", on_progress=progress)
+    found = restore(folder, home / "market", database=database, on_progress=progress)
     progress.close()
     _tell(found, folder, "veilmart.market-restore/1", as_json)
 

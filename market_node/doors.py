@@ -14,7 +14,7 @@ import grpc
 
 from market_node.authority import CERTIFICATE
 from market_node.events import CertificatesNotRead, tell
-from market_node.identity import market_identity
+from market_node.identity import MarketIdentity, market_identity
 from protocol.errors import UsageError, VeilmartError
 
 LOOK_S = 10.0  # until a rotation or renewal is seen by the next connection
@@ -23,16 +23,20 @@ LOOK_S = 10.0  # until a rotation or renewal is seen by the next connection
 class Doors:
     """What the ports of one market show."""
 
-    def __init__(self, home: Path, hosts: Sequence[str]) -> None:
-        self._home, self._hosts, self._said = home, tuple(hosts), ""
-        self.identity = market_identity(home, self._hosts, datetime.datetime.now(datetime.UTC))
+    def __init__(self, home: Path, hosts: Sequence[str], *, shared: bool = False) -> None:
+        """shared: other processes, which may have other names, show the same certificate."""
+        self._home, self._hosts, self._shared, self._said = home, tuple(hosts), shared, ""
+        self.identity = self._read()
+
+    def _read(self) -> MarketIdentity:
+        return market_identity(self._home, self._hosts, datetime.datetime.now(datetime.UTC), shared=self._shared)
 
     def look(self) -> None:
         """Read the certificates again, renewing what ends soon; where that fails, go on with those that were there, and log the code."""
         try:
             if not (self._home / CERTIFICATE).exists():  # at a start another authority would be made; nobody here knows that one
                 raise UsageError("the authority's certificate is gone")
-            self.identity = market_identity(self._home, self._hosts, datetime.datetime.now(datetime.UTC))
+            self.identity = self._read()
             self._said = ""
         except (VeilmartError, OSError) as error:
             code = error.code if isinstance(error, VeilmartError) else "os"

@@ -140,6 +140,14 @@ class DiskFull(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class DatabaseAway(Event):
+    """PostgreSQL did not answer a call, or ended its connection; whoever made the call was told to come again."""
+
+    LEVEL: ClassVar[int] = logging.ERROR
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
 class CertificatesNotRead(Event):
     """The certificates could not be read or renewed; those that were read before are shown further."""
 

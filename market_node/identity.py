@@ -38,12 +38,15 @@ class MarketIdentity:
     trusted: bytes  # PEM: the authorities whose certificates are taken
 
 
-def market_identity(home: Path, hosts: Sequence[str], now: datetime.datetime, *, renew: bool = True, fresh: bool = False) -> MarketIdentity:
+def market_identity(
+    home: Path, hosts: Sequence[str], now: datetime.datetime, *, renew: bool = True, fresh: bool = False, shared: bool = False
+) -> MarketIdentity:
     """Return the identity kept in a folder, made on first use.
 
     A server certificate for other hosts, that ends soon, or that does not fit its key or authority is made anew under the same authority;
     a rotation of the authority whose time has come is finished (market_node/authority.py).
     renew: whether to make certificates; without it those that are there are read.  fresh: make the server's anew in any case.
+    shared: names that are in the server's certificate stay in it, since other processes need them.
     TLS keys are ECDSA on P-256, since gRPC's TLS knows no Ed25519 certificates.
     Raises UsageError for key files that others can read, a missing or damaged authority, and names that are no host names.
     """
@@ -53,6 +56,8 @@ def market_identity(home: Path, hosts: Sequence[str], now: datetime.datetime, *,
         market_key = signing_key(home / "market.key")
         # Also where nothing is issued: whoever could read the authority's key can be this market tomorrow.
         found = authorities(home, now, change=renew)
+        if renew and shared and server_file.exists():
+            names = sorted({*names, *served_names(home)})
         if renew and (fresh or not _serves(server_file, server_key_file, found.serving.certificate, names, now)):
             key, certificate = _make_server(found, home / KEY, names, now)
             write_durably(server_key_file, private_pem(key))

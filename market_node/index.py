@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -69,7 +70,7 @@ class TileFolder:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for half_written in folder.glob(".*.tmp"):
-            half_written.unlink()
+            half_written.unlink(missing_ok=True)
 
     def load(self, name: str, shape: tuple[int, ...]) -> EncodedTile | None:
         """Return the tile of a name, or None if there is none or its file is torn, damaged, another's or of another shape."""
@@ -77,10 +78,13 @@ class TileFolder:
 
         path = self._folder / name
         size = HEADER_BYTES + 8 * int(np.prod(shape))
-        if not path.is_file() or path.stat().st_size != size:
+        try:
+            with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size != size:
+                    return None
+                mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
             return None
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         if _checksum(name, memoryview(mapped)[DIGEST_BYTES:]) != mapped[:DIGEST_BYTES]:
             return None
         diagonals = np.frombuffer(mapped, np.uint64, offset=HEADER_BYTES).reshape(shape)  # keeps the mapping, and cannot be written
@@ -98,7 +102,7 @@ class TileFolder:
 
     def sweep(self, names: set[str]) -> None:
         """Remove all other files; a version that still uses one keeps its mapping."""
-        for path in self._folder.iterdir():
+        for path in self._folder.glob("[!.]*"):  # others are half written, perhaps by another process
             if path.name not in names:
                 path.unlink(missing_ok=True)
 

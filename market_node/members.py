@@ -9,9 +9,9 @@ import re
 import secrets
 from dataclasses import dataclass
 
-from sqlalchemy import Column, Integer, LargeBinary, String, Table, func, insert, select
+from sqlalchemy import Column, LargeBinary, String, Table, func, insert, select
 
-from market_node.store import METADATA, Beside
+from market_node.store import METADATA, Beside, Whole
 from protocol.enrolment import ORGANISATION, SECRET_BYTES, secret_hash
 from protocol.errors import NotFound, Unauthorised, UsageError
 
@@ -20,7 +20,7 @@ INVITES = Table(
     METADATA,
     Column("secret_hash", LargeBinary(32), primary_key=True),
     Column("organisation", String, nullable=False),
-    Column("expires", Integer, nullable=False),  # seconds since 1970
+    Column("expires", Whole, nullable=False),  # seconds since 1970
     Column("used_by", LargeBinary(32)),  # an owner's key
 )
 MEMBERS = Table(
@@ -29,8 +29,8 @@ MEMBERS = Table(
     Column("owner", LargeBinary(32), primary_key=True),
     Column("organisation", String, nullable=False),
     Column("supernode_key", String, nullable=False),
-    Column("joined", Integer, nullable=False),  # seconds since 1970
-    Column("removed", Integer),
+    Column("joined", Whole, nullable=False),  # seconds since 1970
+    Column("removed", Whole),
 )
 LONGEST_INVITE_S = 90 * 86_400
 

@@ -23,3 +23,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print ids only, no progress.")]
 MarketAddress = Annotated[str, typer.Option("--market", envvar="VEILMART_MARKET", metavar="HOST:PORT", help="Address of the market.")]
 Authority = Annotated[Path, typer.Option("--ca", envvar="VEILMART_CA", help="The market's certificate authority (ca.crt).")]
+DatabaseUrl = Annotated[
+    str,
+    typer.Option(
+        "--database",
+        metavar="URL",
+        help="Keep records in PostgreSQL, for several processes; no password in it.",
+        show_default="what this folder says: first a file in it",
+    ),
+]

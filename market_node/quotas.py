@@ -1,7 +1,8 @@
 """How much one owner may hand in within a day: releases, and bytes of adapters.
 
-What was handed in lies in a file of its own beside the market's database, so that a restart forgets nothing.  It is no part of a backup:
-whoever loses it has given everybody a new day, and a power cut may give away the last seconds.
+What was handed in lies in a database of its own beside the market's, so that a restart forgets nothing.  It is no part of a backup:
+whoever loses it has given everybody a new day, and a power cut may give away the last seconds.  Of several market processes each sees
+what the others counted; what is under way at the same moment at two of them may exceed a limit together.
 """
 
 from __future__ import annotations
@@ -11,29 +12,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import (
     Column,
     Engine,
     Index,
-    Integer,
     LargeBinary,
     MetaData,
     String,
     Table,
     bindparam,
-    create_engine,
     delete,
-    event,
     insert,
     select,
     update,
 )
-from sqlalchemy.exc import DatabaseError
 
+from market_node.database import opened, readable, writing
 from market_node.migrations import QUOTAS, upgrade
-from market_node.store import begin, configure
+from market_node.store import Whole
 from protocol.errors import QuotaExceeded, UsageError
 from protocol.release import MAX_ADAPTER_BYTES
 
@@ -43,8 +40,8 @@ HANDED_IN = Table(
     METADATA,
     Column("owner", LargeBinary, nullable=False),
     Column("kind", String, nullable=False),
-    Column("at", Integer, nullable=False),  # seconds since 1970
-    Column("amount", Integer, nullable=False),
+    Column("at", Whole, nullable=False),  # seconds since 1970
+    Column("amount", Whole, nullable=False),
     Index("handed_in_by", "owner", "kind", "at"),
 )
 OF_OWNER = (  # asked for every release that comes, so built once
@@ -53,6 +50,7 @@ OF_OWNER = (  # asked for every release that comes, so built once
     .order_by(HANDED_IN.c.at)
 )
 WINDOW_S = 86_400
+OTHERWISE = "free the disk, or delete the file: everybody then has a new day"
 
 
 class Quota(Enum):
@@ -88,22 +86,16 @@ UNLIMITED = Limits(0, 0, 0)
 class Quotas:
     """What every owner handed in within the last day, and the limits; used by one thread."""
 
-    def __init__(self, engine: Engine, file: Path, limits: Limits) -> None:
-        self._engine, self._file, self._limits = engine, file, limits
-        self._writing = engine.execution_options(veilmart_writes=True)
+    def __init__(self, engine: Engine, home: Path, limits: Limits) -> None:
+        self._engine, self._home, self._limits = engine, home, limits
+        self._writing = writing(engine)
 
     @classmethod
     def open(cls, home: Path, limits: Limits) -> Quotas:
-        """Return the quotas in a market's folder."""
-        file = home / "quotas.db"
-        engine = create_engine(f"sqlite:///{file}", hide_parameters=True)
-        event.listen(engine, "connect", configure)
-        event.listen(engine, "connect", _without_sync)
-        event.listen(engine, "begin", begin)
-        quotas = cls(engine, file, limits)
-        with quotas._readable():
+        """Return the quotas of a market's folder."""
+        with opened(home, QUOTAS, hint=OTHERWISE) as engine:
             upgrade(engine, QUOTAS)
-        return quotas
+            return cls(engine, home, limits)
 
     def close(self) -> None:
         """Close all connections."""
@@ -143,15 +135,5 @@ class Quotas:
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
-        try:
+        with readable(self._home, QUOTAS, OTHERWISE):
             yield
-        except DatabaseError as error:
-            raise UsageError(
-                f"{self._file}: {error.orig}", hint="free the disk, or delete the file: everybody then has a new day"
-            ) from None
-
-
-def _without_sync(connection: Any, record: object) -> None:
-    # Nobody is promised that a charge outlives a power cut, and a sync of the disk for each would be one of four for a release.
-    del record
-    connection.execute("PRAGMA synchronous=NORMAL")

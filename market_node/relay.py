@@ -192,6 +192,11 @@ class Switchboard:
             numbers = (meter.asked, meter.answered, meter.bytes_in, meter.bytes_out)
             tell(RelayClosed(short(line.owner), short(line.release_id), *numbers))
 
+    def has_line(self, release_id: bytes) -> bool:
+        """Return whether a guard dialled in here for a release."""
+        line = self._lines.get(release_id)
+        return line is not None and not line.retired
+
     async def introduction(self, release_id: bytes) -> bytes:
         """Return the introduction of the guard that answers for a release; raise GuardUnreachable if none does."""
         return (await self._line(release_id)).introduction

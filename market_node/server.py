@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import gc
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +15,12 @@ import grpc
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from market_node.certificates import Certificates, Gate
+from market_node.database import is_shared, use
 from market_node.doors import Doors
 from market_node.events import SuperNodeNotRegistered, short, tell, write_events
 from market_node.health import Health
 from market_node.members import Member, Members
+from market_node.neighbours import Neighbours, lock_folder
 from market_node.quotas import UNLIMITED, Limits, Quotas
 from market_node.service import MarketService
 from market_node.store import Store
@@ -67,18 +68,6 @@ class Started:
     page: str = ""  # of the market's page, which a process of its own serves
 
 
-@contextmanager
-def only_market(home: Path) -> Iterator[None]:
-    """Hold the folder's lock; raise UsageError if another market does."""
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (home / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"{home}: another market is running on this folder") from None
-        yield
-
-
 async def serve(
     home: Path,
     host: str,
@@ -98,6 +87,7 @@ async def serve(
     members_port: int | None = None,
     page: str = "",
     page_map: str = "",
+    database: str = "",
 ) -> None:
     """Serve until SIGTERM or SIGINT; `ready` is called once with the address when the port is open.
 
@@ -106,6 +96,7 @@ async def serve(
     metrics: [HOST:]PORT of loopback where Prometheus reads; "" for nowhere.  limits: what one owner may hand in within a day.
     members_port: where members' calls are taken, under certificates; None: at the one port, on their signatures.
     page: [HOST:]PORT of the page, a process of its own; "" for none.  page_map: name or file of the map, for that process.
+    database: URL of PostgreSQL, kept in the folder; "" for what the folder says.
     """
     if members_port is not None and everybody:
         raise UsageError("--members-port: this market takes releases of everybody", hint="leave out --open and --simulation, or the port")
@@ -116,10 +107,15 @@ async def serve(
         loopback(metrics)  # before there is a folder
     if page:
         host_and_port(page, "--page")
-    with only_market(home), ExitStack() as stack:
-        doors = Doors(home, (*names, *(() if host in ("0.0.0.0", "::") else (host,))))
+    if database:
+        use(home, database)
+    shared = is_shared(home)
+    with lock_folder(home, shared=shared) as lock, ExitStack() as stack:
+        doors = Doors(home, (*names, *(() if host in ("0.0.0.0", "::") else (host,))), shared=shared)
         identity = doors.identity
-        store = Store.open(home)
+        store = Store.open(home, alone=lock.alone)
+        if shared:
+            lock.share()
         members = None if everybody else Members.open(home)
         if members is not None:
             stack.callback(members.close)
@@ -132,9 +128,12 @@ async def serve(
             gate = Gate(certificates, home, members_port, doors.look)
 
         def register(member: Member) -> str:
-            if beside is None or not member.supernode_key:
+            if not member.supernode_key:
                 return ""
             from market_node.superlink import address, register_supernode
+
+            if beside is None and not (shared and address(home)):  # beside another process of this market there may be one
+                return ""
 
             try:
                 register_supernode(home, member.supernode_key, member.node_name, member.owner)
@@ -147,10 +146,11 @@ async def serve(
                 raise MarketUnreachable("market: its SuperLink does not answer", hint=again) from None
             return fleet or address(home)
 
+        neighbours = Neighbours(home) if shared else None
         service = MarketService(
             store, feature_map, identity.market_key,
             simulation=simulation, policy=policy, witnesses=witnesses, members=members, register=register,
-            quotas=quotas, gate=gate,
+            quotas=quotas, gate=gate, neighbours=neighbours,
         )  # fmt: skip
         counted, scrape = None, ""
         if metrics or page:
@@ -162,8 +162,7 @@ async def serve(
         add_MarketServicer_to_server(service, server)  # type: ignore[no-untyped-call]
         health = Health()
         add_HealthServicer_to_server(health, server)
-        looking: asyncio.Task[None] | None = None
-        writing: asyncio.Task[None] | None = None
+        tasks: list[asyncio.Task[None]] = []
         shown = f"[{host}]" if ":" in host else host
         try:
             bound = _listen(server, f"{shown}:{port}", doors.credentials(members=False))
@@ -177,7 +176,10 @@ async def serve(
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, stop.set)
             await server.start()
-            looking = asyncio.create_task(doors.keep_looking())
+            tasks.append(asyncio.create_task(doors.keep_looking()))
+            if neighbours is not None:
+                tasks.append(asyncio.create_task(service.follow()))
+                stack.enter_context(neighbours.announced(f"{shown}:{bound}"))
             service.warm.add_done_callback(keep_for_good)
             public = identity.market_key.public_key().public_bytes_raw()
             if members is not None:
@@ -191,17 +193,18 @@ async def serve(
                 from market_node.metrics import keep_written
                 from market_node.page import serving
 
-                writing = asyncio.create_task(keep_written(counted, home))
+                tasks.append(asyncio.create_task(keep_written(counted, home)))
                 web = stack.enter_context(serving.beside(home, page, page_map, public))
             ready(Started(f"{shown}:{bound}", identity.ca_file, public, store.head().size, where, at, scrape, web))
             await stop.wait()
         finally:
-            for task in (looking, writing):
-                if task is not None:
-                    task.cancel()
+            for task in tasks:
+                task.cancel()
             health.stop()  # before the port closes: who watches turns to another market while calls in flight still end here
             service.hang_up()
             await server.stop(GRACE_S)
+            if neighbours is not None:
+                await neighbours.close()
             service.close()
             store.close()
 
@@ -253,6 +256,7 @@ def run(
     members_port: int | None = None,
     page: str = "",
     page_map: str = "",
+    database: str = "",
 ) -> None:
     """Serve in this process, with its log on stderr."""
     write_events(sys.stderr)
@@ -275,5 +279,6 @@ def run(
             members_port=members_port,
             page=page,
             page_map=page_map,
+            database=database,
         )
     )

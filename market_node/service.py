@@ -16,15 +16,18 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
+from sqlalchemy.exc import DatabaseError
 
 from market_node.aggregates import Aggregates, Signed
 from market_node.backup import keep_newest, keep_newest_notices, require_newest, require_newest_notices
 from market_node.certificates import Gate, certificate_of
+from market_node.database import away, disk_is_full, is_away
 from market_node.directory import Directory
 from market_node.events import (
     AdapterStored,
     CertificateIssued,
     Cosigned,
+    DatabaseAway,
     DiskFull,
     Enrolled,
     Incident,
@@ -40,9 +43,10 @@ from market_node.index import Version
 from market_node.matcher import Answer as MatchAnswer
 from market_node.matcher import Matcher
 from market_node.members import Member, Members
+from market_node.neighbours import Neighbours, was_passed_on
 from market_node.quotas import Quota, Quotas
 from market_node.relay import LINE_S, Switchboard
-from market_node.store import Log, Offer, Store, Stored, disk_is_full, read_chunks
+from market_node.store import Log, Offer, Store, Stored, read_chunks
 from market_node.superlink import canonical_key, hand_over_supernode
 from market_node.uploads import Uploads
 from protocol import errors
@@ -103,6 +107,7 @@ ADAPTER_S = 120.0
 QUERIES_AT_ONCE = 32  # bodies held in memory; more are refused, not queued
 QUERIES_A_PASS = 8  # share a pass over the tiles; each takes 64 kB of memory for a baby step
 REFRESH_S = 0.5
+FOLLOW_S = 1.0
 REFUSED_INVITES, REFUSED_INVITES_S = 20, 60.0  # so many within so many seconds are refused with a word of what is wrong
 UNSENT_BYTES = 64 << 20  # answers that their queriers have not read yet; beyond them new queries are refused
 RELEASES_A_COMMIT = 64  # share a transaction, a sync of the disk and the two signatures
@@ -126,6 +131,9 @@ async def refuse(context: grpc.aio.ServicerContext, error: Exception) -> None:
         tell(DiskFull(where(error.__traceback__)))
         hint = "nothing was acknowledged; once its operator has freed the disk, the same goes through"
         error = QuotaExceeded("market: its disk is full", hint=hint, retry_after_s=DISK_FULL_S)
+    if is_away(error):
+        tell(DatabaseAway(where(error.__traceback__)))
+        error = away()
     for kind, status in STATUSES:
         if isinstance(error, kind):
             hint = f" ({error.hint})" if isinstance(error, VeilmartError) and error.hint else ""
@@ -271,6 +279,7 @@ class MarketService(MarketServicer):
         register: Callable[[Member], str] = lambda member: "",
         quotas: Quotas | None = None,
         gate: Gate | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
         store.require_map(feature_map)
         self._store, self._map, self._key, self._simulation = store, feature_map, market_key, simulation
@@ -278,6 +287,7 @@ class MarketService(MarketServicer):
         # members: who may publish; None: anybody.  register: lets a member's SuperNode connect, and says where.
         self._members, self._register, self._quotas = members, register, quotas
         self._gate = gate  # None: calls of members are taken from anywhere, on their signatures
+        self._neighbours = neighbours  # other processes over the same records; None: there are none
         self._directory = Directory(store, members)
         self._refused_invites: deque[float] = deque(maxlen=REFUSED_INVITES)
         # Registering costs a process of two CPU-seconds: one at a time, and once for each member, who may ask as often as it likes.
@@ -286,6 +296,7 @@ class MarketService(MarketServicer):
         require_newest(store, self._public)
         require_newest_notices(store)
         self._given_out = self._notices_given_out = 0
+        self._shown = self._notices_shown = 0, b""
         self._matcher = Matcher(store, feature_map, market_key)
         # One thread writes and reads the store, one encodes, one evaluates: neither the event loop nor a query whose index is there waits
         # for disk or encoding.
@@ -310,6 +321,17 @@ class MarketService(MarketServicer):
             functools.partial(self._store_call, self._store.envelope),
             functools.partial(self._store_call, self._may_answer),
         )
+
+    async def follow(self, every_s: float = FOLLOW_S) -> None:
+        """Have the index of what other processes publish built before somebody asks for it, until cancelled."""
+        size = 0
+        while True:
+            with suppress(DatabaseError):  # it is away: whoever calls is told
+                newest = (await self._store_call(self._store.head)).size
+                if newest != size:
+                    size = newest
+                    self._refresh_soon()
+            await asyncio.sleep(every_s)
 
     def hang_up(self) -> None:
         """End the streams of all guards, which would otherwise keep the server from stopping."""
@@ -337,6 +359,11 @@ class MarketService(MarketServicer):
 
     def _checkpoint(self, head: Head, logged: Log) -> bytes:
         """Return the signed note of this state; what is given out is kept first, so that no older database is ever served again."""
+        if self._neighbours is not None and (head.size, logged.root) != self._shown:
+            # A server that is not ours may become an older copy of itself while we run.  What any process of this market gave out is in
+            # the folder: nothing is signed that contradicts it.
+            require_newest(self._store, self._public)
+            self._shown = head.size, logged.root
         note = sign_checkpoint(Checkpoint(origin_of(self._public), head.size, logged.root, head.digest, logged.notices), self._key)
         if logged.notices is not None:
             self._keep_notices(*logged.notices)
@@ -549,6 +576,9 @@ class MarketService(MarketServicer):
         return pb.NoticesHead(size=head.size, root=head.root, signature=head.signature)
 
     def _keep_notices(self, size: int, root: bytes) -> None:
+        if self._neighbours is not None and (size, root) != self._notices_shown:
+            require_newest_notices(self._store)
+            self._notices_shown = size, root
         if size > self._notices_given_out:  # before they are: as for checkpoints
             keep_newest_notices(self._store.home, size, root)
             self._notices_given_out = size
@@ -822,14 +852,24 @@ class MarketService(MarketServicer):
     @answering
     async def GetIntroduction(self, request: pb.IntroductionRequest, context: Any) -> pb.Introduction:
         """Answer who answers for a release."""
-        del context
-        return pb.Introduction(introduction=await self._relay.introduction(bytes(request.release_id)))
+        release_id = bytes(request.release_id)
+        if (elsewhere := self._elsewhere(release_id, context)) and (there := await elsewhere.introduction(release_id)) is not None:
+            return pb.Introduction(introduction=there)
+        return pb.Introduction(introduction=await self._relay.introduction(release_id))
 
     @answering
     async def Ask(self, request: pb.SealedQuestion, context: Any) -> pb.SealedAnswer:
         """Pass a sealed question on, and its sealed answer back."""
-        patience_s = context.time_remaining()
-        return pb.SealedAnswer(sealed=await self._relay.ask(bytes(request.release_id), bytes(request.sealed), patience_s))
+        release_id, sealed, patience_s = bytes(request.release_id), bytes(request.sealed), context.time_remaining()
+        if (elsewhere := self._elsewhere(release_id, context)) and (
+            there := await elsewhere.ask(release_id, sealed, patience_s)
+        ) is not None:
+            return pb.SealedAnswer(sealed=there)
+        return pb.SealedAnswer(sealed=await self._relay.ask(release_id, sealed, patience_s))
+
+    def _elsewhere(self, release_id: bytes, context: Any) -> Neighbours | None:
+        """Return the other processes of this market where one of them may have the guard that did not dial in here."""
+        return None if self._relay.has_line(release_id) or was_passed_on(context) else self._neighbours
 
     async def _answer(self, size: int, state: bytes, query: bytes) -> MatchAnswer:
         """Return the answer to a query; those that wait for the same index share one pass over its tiles."""

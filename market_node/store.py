@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import secrets
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import quote
 
 from sqlalchemy import (
+    BigInteger,
     Column,
+    ColumnElement,
     Engine,
     Integer,
     LargeBinary,
@@ -25,15 +24,14 @@ from sqlalchemy import (
     Table,
     UniqueConstraint,
     bindparam,
-    create_engine,
-    event,
     func,
     insert,
+    literal_column,
     select,
+    text,
 )
-from sqlalchemy.exc import DatabaseError
-from sqlalchemy.pool import QueuePool
 
+from market_node.database import is_there, name_of, opened, readable, writing
 from market_node.migrations import MARKET, require_newest, upgrade
 from protocol.catalogue import (
     EMPTY_CATALOGUE,
@@ -67,19 +65,21 @@ from protocol.transparency import (
 )
 
 METADATA = MetaData()
+# Integers of SQLite have 64 bits, and so have those of PostgreSQL that are declared as such: sizes and seconds since 1970 need them.
+Whole = Integer().with_variant(BigInteger, "postgresql")
 RELEASES = Table(
     "release",
     METADATA,
-    Column("position", Integer, primary_key=True, autoincrement=False),  # from 0, without gaps
+    Column("position", Whole, primary_key=True, autoincrement=False),  # from 0, without gaps
     Column("release_id", LargeBinary(32), nullable=False, unique=True),
     Column("owner", LargeBinary(32), nullable=False),
-    Column("release_number", Integer, nullable=False),
+    Column("release_number", Whole, nullable=False),
     Column("envelope", LargeBinary, nullable=False),
     Column("row", LargeBinary(16), nullable=False),
     Column("card", LargeBinary, nullable=False),
     # The state of the catalogue up to and with this release: chains over rows, terms and the cards of its page, and the root of all cards.
     Column("rows_chain", LargeBinary(32), nullable=False),
-    Column("terms_size", Integer, nullable=False),
+    Column("terms_size", Whole, nullable=False),
     Column("terms_chain", LargeBinary(32), nullable=False),
     Column("page_chain", LargeBinary(32), nullable=False),
     Column("cards_root", LargeBinary(32), nullable=False),
@@ -88,15 +88,15 @@ RELEASES = Table(
 TERMS = Table(
     "terms",
     METADATA,
-    Column("number", Integer, primary_key=True, autoincrement=False),  # from 0, in the order of first use
+    Column("number", Whole, primary_key=True, autoincrement=False),  # from 0, in the order of first use
     Column("body", LargeBinary, nullable=False, unique=True),
 )
 # Full subtrees of the log over all envelopes (protocol/transparency.py): two for every release, written once.
 NODES = Table(
     "log_node",
     METADATA,
-    Column("level", Integer, primary_key=True, autoincrement=False),
-    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("level", Whole, primary_key=True, autoincrement=False),
+    Column("number", Whole, primary_key=True, autoincrement=False),
     Column("hash", LargeBinary(32), nullable=False),
 )
 ADD_RELEASE, ADD_NODES = insert(RELEASES), insert(NODES)
@@ -105,14 +105,14 @@ COSIGNED = Table(
     "cosigned",
     METADATA,
     Column("witness", String, primary_key=True),
-    Column("size", Integer, nullable=False),
+    Column("size", Whole, nullable=False),
     Column("note", LargeBinary, nullable=False),
 )
 # What was said about releases since, in the order in which it came (protocol/notices.py), and which releases no longer stand by it.
 NOTICES = Table(
     "notice",
     METADATA,
-    Column("position", Integer, primary_key=True, autoincrement=False),  # from 0, without gaps
+    Column("position", Whole, primary_key=True, autoincrement=False),  # from 0, without gaps
     Column("kind", String, nullable=False),
     Column("owner", LargeBinary(32), nullable=False),
     Column("successor", LargeBinary(32)),  # of a rotation
@@ -127,8 +127,8 @@ SAME = select(RELEASES.c.position, RELEASES.c.release_id).where(
 ENDED = select(NOTICES.c.position).where(
     NOTICES.c.owner == bindparam("of"), (NOTICES.c.kind == str(Kind.REVOCATION)) | (NOTICES.c.kind == str(Kind.ROTATION))
 )
-STANDING = "release_id NOT IN (SELECT release_id FROM gone)"
 GONE = Table("gone", METADATA, Column("release_id", LargeBinary(32), primary_key=True))
+STANDING = RELEASES.c.release_id.not_in(select(GONE.c.release_id))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,63 +154,54 @@ Offer = tuple[Release, bytes, bytes]
 
 
 class Store:
-    """All that a market keeps.  One writer; readers at any time."""
+    """All that a market keeps.  One writer at a time, of this process or another; readers at any time."""
 
     def __init__(self, engine: Engine, home: Path) -> None:
         self.home = home
         self._engine, self._adapters = engine, home / "adapters"
-        self._writing = engine.execution_options(veilmart_writes=True)
+        self._writing = writing(engine)
         self._noticed = (0, EMPTY_ROOT)
 
     @classmethod
-    def open(cls, home: Path) -> Store:
-        """Return the store in a folder, made if it is not there."""
+    def open(cls, home: Path, *, alone: bool = True) -> Store:
+        """Return the store of a folder, made if it is not there.  alone: no other process works on it, so that it is tidied up."""
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         adapters = home / "adapters"
         adapters.mkdir(exist_ok=True, mode=0o700)
-        for half_written in adapters.glob(".upload-*"):  # a killed process leaves these; nothing was acknowledged for them
+        for half_written in adapters.glob(".upload-*") if alone else ():  # a killed process leaves these; nothing was acknowledged for them
             half_written.unlink()
-        engine = _engine(home)
-        with _readable(home), engine.connect() as db:
-            known = [row[1] for row in db.exec_driver_sql("PRAGMA table_info(release)")]
-        if known and "page_chain" not in known:
-            engine.dispose()
-            raise UsageError(
-                f"{home / 'market.db'}: expected a catalogue of version 2, got an older one", hint="start in a new folder and publish again"
-            )
-        with _readable(home):
+        with opened(home, MARKET) as engine:
+            if engine.dialect.name == "sqlite":
+                _require_second_version(engine, home)
             upgrade(engine, MARKET)
-        store = cls(engine, home)
-        with _readable(home):
+            store = cls(engine, home)
             store._complete_log()
-        return store
+            return store
 
     @classmethod
     def beside(cls, home: Path) -> Store:
         """Return the store of a market that may be running: nothing is tidied up.  Raises NotFound where there is none."""
-        if not (home / "market.db").exists():
+        if not is_there(home):
             raise NotFound(f"{home}: no market here yet", hint="`veilmart market up` makes one")
-        engine = _engine(home)
-        with _readable(home):
+        with opened(home, MARKET) as engine:
             upgrade(engine, MARKET)
-        return cls(engine, home)
+            return cls(engine, home)
 
     @classmethod
     def reading(cls, home: Path) -> Store:
         """Return the store of a market that may be running, opened so that nothing can be written; raise NotFound where there is none."""
-        if not (home / "market.db").exists():
+        if not is_there(home):
             raise NotFound(f"{home}: no market here yet", hint="`veilmart market up` makes one")
-        engine = reading_engine(home)
-        with _readable(home):
+        with opened(home, MARKET, reads_only=True) as engine:
             require_newest(engine, MARKET)
-        return cls(engine, home)
+            return cls(engine, home)
 
     def require_map(self, feature_map: FeatureMap) -> None:
         """Raise UsageError if the releases here are under another map: rows under two maps mean nothing together.
 
         The first one tells, since every release is checked against the map before it is appended.
         """
-        with _readable(self.home):
+        with readable(self.home):
             first = self.envelopes(0, 1)
         there = open_envelope(first[0]).specification.map_id if first else feature_map.map_id
         if there != feature_map.map_id:
@@ -218,9 +209,9 @@ class Store:
                 f"{self.home}: expected the map of its releases, {name_of_map(there)}, got {name_of_map(feature_map.map_id)}",
                 hint="start with --map of its releases, or in a new folder",
             )
-        self._adapter_in_envelope = _adapter_in_envelope(feature_map.dimension)
-        with _readable(self.home), self._writing.begin() as db:
-            db.exec_driver_sql(f"CREATE INDEX IF NOT EXISTS release_adapter ON release ({self._adapter_in_envelope})")
+        self._adapter_in_envelope = _adapter_in_envelope(self._engine.dialect.name, feature_map.dimension)
+        with readable(self.home), self._writing.begin() as db:
+            db.execute(text(f"CREATE INDEX IF NOT EXISTS release_adapter ON release ({self._adapter_in_envelope})"))
 
     def names_adapter(self, digest: bytes) -> bool:
         """Return whether a release that stands names this adapter; `require_map` comes before."""
@@ -237,11 +228,11 @@ class Store:
         """Yield what the releases say that stand and name this adapter, of this owner if one is given; `require_map` comes before."""
         if digest == NO_ID:
             return
-        line = self.line_of(owner) if owner is not None else []
-        whose = f"AND owner IN ({', '.join('?' * len(line))})" if owner is not None else ""
-        query = f"SELECT envelope FROM release WHERE {self._adapter_in_envelope} = ? AND {STANDING} {whose} ORDER BY position LIMIT 1000"
+        query = select(RELEASES.c.envelope).where(_names(self._adapter_in_envelope, digest), STANDING)
+        if owner is not None:
+            query = query.where(RELEASES.c.owner.in_(self.line_of(owner)))
         with self._engine.connect() as db:
-            found = db.exec_driver_sql(query, (digest, *line)).all()
+            found = db.execute(query.order_by(RELEASES.c.position).limit(1000)).all()
         for (envelope,) in found:
             yield parse_claims(bytes(envelope)[:-SIGNATURE_BYTES])
 
@@ -330,9 +321,8 @@ class Store:
         with self._engine.connect() as db:
             for release_id in release_ids:
                 release = _release(db, release_id)
-                if release.adapter is None or _names_adapter(
-                    db, _adapter_in_envelope(release.specification.dimension), release.adapter.digest
-                ):
+                where = _adapter_in_envelope(db.dialect.name, release.specification.dimension)
+                if release.adapter is None or _names_adapter(db, where, release.adapter.digest):
                     continue
                 (self._adapters / release.adapter.digest.hex()).unlink(missing_ok=True)
 
@@ -557,36 +547,16 @@ def read_chunks(path: Path, size: int) -> Iterator[bytes]:
             yield chunk
 
 
-def _engine(home: Path) -> Engine:
-    engine = create_engine(f"sqlite:///{home / 'market.db'}", hide_parameters=True)  # they would reach the log in an error's text
-    event.listen(engine, "connect", configure)
-    event.listen(engine, "begin", begin)
-    return engine
-
-
-def reading_engine(home: Path) -> Engine:
-    """Return an engine for a market's database that SQLite itself keeps from writing, whatever is asked of it."""
-    address = f"file:{quote(str((home / 'market.db').absolute()))}?mode=ro"
-
-    def connect() -> sqlite3.Connection:
-        connection = sqlite3.connect(address, uri=True, check_same_thread=False, isolation_level=None)
-        connection.execute("PRAGMA busy_timeout=10000")
-        return connection
-
-    engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool, hide_parameters=True)
-    event.listen(engine, "begin", begin)
-    return engine
-
-
-@contextmanager
-def _readable(home: Path) -> Iterator[None]:
-    try:
-        yield
-    except DatabaseError as error:
+def _require_second_version(engine: Engine, home: Path) -> None:
+    with engine.connect() as db:
+        known = [row[1] for row in db.exec_driver_sql("PRAGMA table_info(release)")]
+    if known and "page_chain" not in known:
         raise UsageError(
-            f"{home / 'market.db'}: expected a market's database, got: {error.orig}",
-            hint="put back a copy of the file, or start in a new folder",
-        ) from None
+            f"{name_of(home)}: expected a catalogue of version 2, got an older one", hint="start in a new folder and publish again"
+        )
+
+
+LISTS = "free the disk or the lock, or put back a copy"
 
 
 class Beside:
@@ -594,16 +564,15 @@ class Beside:
 
     def __init__(self, engine: Engine, home: Path) -> None:
         self._engine, self._home = engine, home
-        self._writing = engine.execution_options(veilmart_writes=True)
+        self._writing = writing(engine)
 
     @classmethod
     def open(cls, home: Path) -> Self:
-        """Return the list in a market's folder."""
+        """Return the list of a market's folder."""
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = cls(_engine(home), home)
-        with found._readable():
-            upgrade(found._engine, MARKET)
-        return found
+        with opened(home, MARKET, hint=LISTS) as engine:
+            upgrade(engine, MARKET)
+            return cls(engine, home)
 
     def close(self) -> None:
         """Close all connections."""
@@ -611,35 +580,8 @@ class Beside:
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
-        try:
+        with readable(self._home, hint=LISTS):
             yield
-        except DatabaseError as error:
-            raise UsageError(f"{self._home / 'market.db'}: {error.orig}", hint="free the disk or the lock, or put back a copy") from None
-
-
-def disk_is_full(error: BaseException | None) -> bool:
-    """Return whether this error, or the one that it was raised over, says that there is no room left in a database or beside it."""
-    if isinstance(error, UsageError):
-        return disk_is_full(error.__context__)
-    if isinstance(error, DatabaseError):
-        return getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def configure(connection: Any, record: object) -> None:
-    """Set up a new connection to the market's database."""
-    del record
-    connection.isolation_level = None  # transactions are ours, see "begin" above
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def begin(connection: Any) -> None:
-    """Begin a transaction of the market's database."""
-    # SQLite's driver begins transactions too late for a read followed by a write, so we begin them: a writer takes its lock before it
-    # reads, or another could append in between; a reader takes none, or it would stop the writer.
-    writes = connection.get_execution_options().get("veilmart_writes")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 class _Growing:
@@ -743,17 +685,23 @@ def _notices(db: Any) -> list[bytes]:
     return [bytes(value) for (value,) in db.execute(select(NOTICES.c.body).order_by(NOTICES.c.position))]
 
 
-def _adapter_in_envelope(dimension: int) -> str:
+def _adapter_in_envelope(dialect: str, dimension: int) -> str:
     # A release ends with the digest of its adapter, as many sums as its map has coordinates, and the signature.
-    return f"substr(envelope, -{HASH_BYTES + 4 * (dimension + 1) + SIGNATURE_BYTES}, {HASH_BYTES})"
+    from_end = HASH_BYTES + 4 * (dimension + 1) + SIGNATURE_BYTES
+    # SQLite's form is that of the index in databases that are there.
+    first = f"-{from_end}" if dialect == "sqlite" else f"length(envelope) - {from_end - 1}"
+    return f"substr(envelope, {first}, {HASH_BYTES})"
+
+
+def _names(where: str, digest: bytes) -> ColumnElement[bool]:
+    return literal_column(where, LargeBinary) == digest
 
 
 def _names_adapter(db: Any, where: str, digest: bytes, owner: bytes | None = None) -> bool:
     if digest == NO_ID:  # stands where a release names none
         return False
-    whose, values = ("", [digest]) if owner is None else ("AND owner = ?", [digest, owner])
-    query = f"SELECT 1 FROM release WHERE {where} = ? AND {STANDING} {whose} LIMIT 1"
-    return db.exec_driver_sql(query, tuple(values)).first() is not None
+    query = select(RELEASES.c.position).where(_names(where, digest), STANDING).limit(1)
+    return db.execute(query if owner is None else query.where(RELEASES.c.owner == owner)).first() is not None
 
 
 def _page_chains(db: Any, size: int) -> list[bytes]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from protocol.channel import CALL_TIMEOUT_S, connect, error_from_status
+from protocol.channel import CALL_TIMEOUT_S, addresses_of, connect, error_from_status
 from protocol.errors import FormatError, InvalidProof, InvalidSignature, MarketUnreachable, QuotaExceeded
 from protocol.keys import signing_key, write_durably
 from protocol.notices import MAX_NOTICES_BYTES, NoticesHead, open_notices, require_listed
@@ -35,7 +35,7 @@ class WitnessOf:
     def __init__(self, address: str, ca: Path, home: Path, name: str) -> None:
         self._key = signing_key(home / "witness.key")
         self.witness = Witness(name, self._key.public_key().public_bytes_raw())
-        self._home, self._address, self._ca = home, address, ca
+        self._home, self._addresses, self._ca = home, addresses_of(address), ca
 
     def observe(self, now: Callable[[], float] = time.time) -> Observed:
         """Sign the market's newest checkpoint and hand it in.
@@ -55,7 +55,7 @@ class WitnessOf:
     def _observe(self, now: Callable[[], float]) -> Observed:
         import grpc
 
-        channel = connect(self._address, self._ca)
+        channel = connect(self._addresses[0], self._ca)
         try:
             stub = MarketStub(channel)  # type: ignore[no-untyped-call]
             described = stub.Describe(pb.DescribeRequest(), timeout=CALL_TIMEOUT_S)
@@ -82,6 +82,7 @@ class WitnessOf:
                 stub.Cosign(pb.CosignRequest(note=cosign(note, self.witness.name, self._key, int(now()))), timeout=CALL_TIMEOUT_S)
             return Observed(shown, shown.size - (known.size if known else 0))
         except grpc.RpcError as error:
+            self._addresses.append(self._addresses.pop(0))  # the next look is at the next process of the market
             raise error_from_status(error) from None
         finally:
             channel.close()

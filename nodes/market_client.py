@@ -35,7 +35,7 @@ from protocol.catalogue import (
     verify_head,
 )
 from protocol.certificates import verify_answer
-from protocol.channel import CALL_TIMEOUT_S, CHUNK_BYTES, connect, error_from_status
+from protocol.channel import CALL_TIMEOUT_S, CHUNK_BYTES, addresses_of, connect, error_from_status
 from protocol.codec import parse_decimal
 from protocol.conflict import Conflict
 from protocol.encryption import STD128
@@ -77,6 +77,7 @@ from protocol.wire.market_pb2_grpc import MarketStub
 from protocol.witness import Witness, require_witnessed, require_witnessed_notices
 
 TRANSFER_TIMEOUT_S = 120.0
+CHANNELS = 8  # kept open by a client that turns from one process of its market to the next
 LONGEST_PAUSE_S = 10  # what a market says beyond it is for a person
 MAX_CATALOGUE_BYTES = 1 << 30  # a hostile market could otherwise fill the memory before it shows a signed size
 MIN_ENTRY_BYTES = 64  # a signature, or a base model and a guarantee; shorter entries would cost many times their bytes in memory
@@ -137,15 +138,16 @@ class Traffic:
 class MarketClient:
     """A connection to one market.  `home` keeps what was synced before, one folder a market key.
 
+    address: HOST:PORT, or several with commas between them, of processes of one market: a call that one of them does not answer is made
+    again at the others, once each; every call may be made again.
     membership: under whose certificate members' calls go out where the market has a port for them; None: under nobody's.
     """
 
     def __init__(self, address: str, ca: Path, home: Path, membership: Membership | None = None) -> None:
-        self._address, self.ca, self._membership = address, ca, membership
-        self._channels = [connect(address, ca)]
-        self._stub = MarketStub(self._channels[0])  # type: ignore[no-untyped-call]  # generated code is not annotated
-        self._members_port: int | None = None  # known once the market described itself
-        self._members: tuple[tuple[int, bytes], MarketStub] | None = None  # at which port, under which key and certificate
+        self._addresses, self.ca, self._membership = addresses_of(address), ca, membership
+        random.shuffle(self._addresses)  # so that the processes share the clients
+        self._channels: list[Any] = []
+        self._reach(self._addresses[0])
         self._home, self._witnesses = home / "catalogues", home / "witnesses"
         # Who holds the authority may issue a new server certificate, but the key that signs the catalogue must stay what it was.
         self._pins = [self._home / f"{authority}.market-key" for authority in _authorities_in(ca.read_bytes())]
@@ -159,13 +161,29 @@ class MarketClient:
         for channel in self._channels:
             channel.close()
 
+    def _reach(self, address: str) -> None:
+        """Make calls at an address from now on."""
+        self._address = address
+        self._channels.append(connect(address, self.ca, apart=len(self._addresses) > 1))
+        while len(self._channels) > CHANNELS:  # streams of those before go on
+            self._channels.pop(0).close()
+        self._stub = MarketStub(self._channels[-1])  # type: ignore[no-untyped-call]  # generated code is not annotated
+        self._members_port: int | None = None  # known once the market described itself
+        self._members: tuple[tuple[int, bytes], MarketStub] | None = None  # at which port, under which key and certificate
+
     def _call(self, call: Callable[[], Answer]) -> Answer:
+        """Return what a call returns that goes through `_stub`; one that may be made again from its start."""
         import grpc
 
-        try:
-            return call()
-        except grpc.RpcError as error:
-            raise error_from_status(error) from None
+        for left in reversed(range(len(self._addresses))):
+            try:
+                return call()
+            except grpc.RpcError as error:
+                told = error_from_status(error)
+                if not left or not isinstance(told, MarketUnreachable):
+                    raise told from None
+                self._reach(self._addresses[(self._addresses.index(self._address) + 1) % len(self._addresses)])
+        raise AssertionError("a market has an address")
 
     def describe(self, owner: bytes = b"") -> Description:
         """Return what the market says about itself, its head verified; `owner`: who asks whether it may publish."""
@@ -282,10 +300,14 @@ class MarketClient:
             self.describe()
         if not self._members_port:
             return self._stub
+        stub = self._stub
         own = self._membership.current(self, self.market_key or self.describe().market_key)
+        if self._stub is not stub:  # turned to another process meanwhile, whose port may be another
+            return self._member_stub()
         if self._members is None or self._members[0] != (self._members_port, own):
             # Streams of the channel before go on until they end.
-            channel = connect(f"{self._address.rpartition(':')[0]}:{self._members_port}", self.ca, own)
+            apart = len(self._addresses) > 1
+            channel = connect(f"{self._address.rpartition(':')[0]}:{self._members_port}", self.ca, own, apart=apart)
             self._channels.append(channel)
             self._members = (self._members_port, own), MarketStub(channel)  # type: ignore[no-untyped-call]
         return self._members[1]
@@ -296,11 +318,10 @@ class MarketClient:
             self._call_as_member(lambda stub: stub.Describe(pb.DescribeRequest(), timeout=CALL_TIMEOUT_S))
 
     def _call_as_member(self, call: Callable[[MarketStub], Answer]) -> Answer:
-        stub = self._member_stub()
         try:
-            return self._call(lambda: call(stub))
+            return self._call(lambda: call(self._member_stub()))
         except MarketUnreachable as error:
-            if stub is self._stub:
+            if self._members is None:
                 raise
             raise MarketUnreachable(
                 f"{error} on its port for members, {self._members_port}",
@@ -377,6 +398,7 @@ class MarketClient:
         data = bytearray()
 
         def collect() -> None:
+            data.clear()
             for chunk in self._stub.DownloadAdapter(pb.AdapterRequest(digest=reference.digest), timeout=TRANSFER_TIMEOUT_S):
                 data.extend(chunk.data)
                 on_progress(len(data), reference.size_bytes)
@@ -424,6 +446,8 @@ class MarketClient:
 
         def collect() -> None:
             nonlocal last, received
+            answer.clear()
+            received = 0
             # A market that is new on its machine compiles its kernels first: 18 s of CPU, and longer where it shares a core.
             for chunk in self._stub.Match(chunks(), timeout=TRANSFER_TIMEOUT_S):
                 received += len(chunk.data)

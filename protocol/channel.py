@@ -34,17 +34,23 @@ OPTIONS = [
 UNTRUSTED = ("CERTIFICATE_VERIFY_FAILED", "not in peer certificate")  # how gRPC says that a certificate is not the right one
 
 
-def connect(address: str, ca: Path, own: bytes | None = None) -> grpc.Channel:
+def addresses_of(market: str) -> list[str]:
+    """Return the addresses of a market's processes, HOST:PORT[,HOST:PORT...], in order; they are looked at when they are connected to."""
+    return [address.strip() for address in market.split(",")]
+
+
+def connect(address: str, ca: Path, own: bytes | None = None, *, apart: bool = False) -> grpc.Channel:
     """Return a TLS channel to HOST:PORT that trusts exactly the certificate authority in the file `ca`.
 
     own: key and certificate of this side, PEM, for a port that asks for one.
+    apart: with a connection of its own.  Channels to one address share theirs, and the pause after an attempt that failed.
     """
     import grpc
 
     from protocol.certificates import load_certificates
 
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or "," in host:
         raise UsageError(f"market: expected HOST:PORT, got {address!r}")
     try:
         authority = ca.read_bytes()
@@ -57,7 +63,7 @@ def connect(address: str, ca: Path, own: bytes | None = None) -> grpc.Channel:
             f"{ca}: expected a certificate authority, PEM, got other bytes", hint="the market's operator hands out its ca.crt"
         ) from None
     # A site may reach the world through a proxy only (HTTPS_PROXY); without this gRPC would send calls of loopback there as well.
-    options = [*OPTIONS, ("grpc.enable_http_proxy", 0 if _is_loopback(host) else 1)]
+    options = [*OPTIONS, ("grpc.enable_http_proxy", 0 if _is_loopback(host) else 1), ("grpc.use_local_subchannel_pool", int(apart))]
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(authority, own, own), options=options)
 
 
@@ -75,7 +81,8 @@ def error_from_status(error: Any) -> VeilmartError:
     status = error.code()
     # A stranger wrote it and a terminal will show it: no control characters, no length that hides what follows.
     details = "".join(character for character in error.details() or "" if character.isprintable())[:500]
-    if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+    # CANCELLED: a market that stops ends what it could not finish in its last seconds.
+    if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         if any(words in (error.details() or "") for words in UNTRUSTED):
             return UntrustedMarket(
                 "market: the certificate that is shown there is not of the given authority, for this name and this time",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocol.channel import CALL_TIMEOUT_S, connect, error_from_status
+from protocol.channel import CALL_TIMEOUT_S, addresses_of, connect, error_from_status
 from protocol.errors import MarketUnreachable
 
 SERVICE = "veilmart.v1.Market"
@@ -21,8 +22,19 @@ class Serving:
     ahead_s: float | None  # how far its clock is ahead of ours, known to half of those seconds; None: it does not say
 
 
-def require_serving(address: str, ca: Path, timeout_s: float = CALL_TIMEOUT_S) -> Serving:
-    """Return what the market at an address answered; raise MarketUnreachable if it does not, or says that it is stopping."""
+def require_serving(market: str, ca: Path, timeout_s: float = CALL_TIMEOUT_S) -> Serving:
+    """Return what the market at an address answered, of several the first that serves.
+
+    Raises MarketUnreachable if none answers, or says that it is stopping.
+    """
+    *others, last = addresses_of(market)
+    for address in others:
+        with suppress(MarketUnreachable):
+            return _ask(address, ca, timeout_s)
+    return _ask(last, ca, timeout_s)
+
+
+def _ask(address: str, ca: Path, timeout_s: float) -> Serving:
     import grpc
     from grpc_health.v1 import health_pb2 as pb
     from grpc_health.v1.health_pb2_grpc import HealthStub

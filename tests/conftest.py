@@ -13,6 +13,8 @@ from typing import Any
 import platformdirs
 import pytest
 
+from tests.postgres import market_home, postgres  # noqa: F401 - fixtures
+
 TINY = {
     "vocab_size": 0, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,

@@ -19,7 +19,7 @@ ALLOWED = {
         "huggingface_hub", "starlette", "uvicorn",
     },
     "market_node": {
-        "market_node", "protocol", "numpy", "cryptography", "grpc", "grpc_health", "prometheus_client", "sqlalchemy", "alembic",
+        "market_node", "protocol", "numpy", "cryptography", "grpc", "grpc_health", "prometheus_client", "sqlalchemy", "alembic", "psycopg",
         "typer", "platformdirs", "flwr", "starlette", "uvicorn", "markupsafe",
     },
 }  # fmt: skip
@@ -28,7 +28,7 @@ WEB = {"protocol/web": {"starlette", "jinja2", "markupsafe"}, "nodes/ui": {"mark
 # flwr is touched by one module a side, and by the grid.
 FLOWER = {"nodes/flower.py", "nodes/grid.py", "market_node/flower.py"}
 SLOW_TO_LOAD = (
-    "torch", "transformers", "opacus", "flwr", "tenseal", "numba", "numpy", "grpc", "sqlalchemy", "alembic", "peft",
+    "torch", "transformers", "opacus", "flwr", "tenseal", "numba", "numpy", "grpc", "sqlalchemy", "alembic", "psycopg", "peft",
     "starlette", "uvicorn", "jinja2",
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-LOCK, CUDA, CPU = (ROOT / "docs" / "deploy" / f"requirements{which}.lock" for which in ("", "-cuda", "-cpu"))
+LOCK, CUDA, CPU, POSTGRES = (ROOT / "docs" / "deploy" / f"requirements{which}.lock" for which in ("", "-cuda", "-cpu", "-postgres"))
 ENTRY = re.compile(r"([A-Za-z0-9._-]+)==([A-Za-z0-9._+-]+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n")
 PINNED = {canonicalize_name(name): pin for name, pin in re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)}
 
@@ -51,6 +51,9 @@ def test_every_entry_has_a_hash_and_the_version_that_is_tested():
     locked = entries(LOCK.read_text())
     assert len(locked) > 60
     assert {name: pin for name, pin in locked.items() if PINNED.get(name) != pin} == {}
+    postgres = entries(POSTGRES.read_text())
+    assert {name: pin for name, pin in postgres.items() if PINNED.get(name) != pin} == {}
+    assert needed("psycopg", frozenset({"binary"})) - set(locked) == set(postgres) == {"psycopg", "psycopg-binary"}
     cuda, cpu = entries(CUDA.read_text()), entries(CPU.read_text())
     assert set(cuda) & set(PINNED) == set(cpu) == {"torch"}
     assert (cuda["torch"], cpu["torch"]) == (PINNED["torch"], f"{PINNED['torch']}+cpu")
@@ -75,7 +78,7 @@ def test_what_is_installed_here_is_what_is_locked():
 
 
 def test_no_index_is_named():
-    for lock in (LOCK, CUDA, CPU):
+    for lock in (LOCK, CUDA, CPU, POSTGRES):
         assert not re.search(r"https?://|--index|--find-links|file:", lock.read_text())
 
 

@@ -2,7 +2,7 @@
 
 A database says in `alembic_version` which migration it is at.  An empty one is made as the tables are declared today, which is what the
 chain comes to.  One with tables and without a version is from before there were migrations: the first migration of each chain makes what
-is not there and leaves what is.  tests/market_node/test_migrations.py holds the hash of every one.
+is not there and leaves what is; PostgreSQL has none of these.  tests/market_node/test_migrations.py holds the hash of every one.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ def revisions(chain: str) -> list[str]:
 def upgrade(engine: Engine, chain: str) -> None:
     """Bring a database to the newest schema in one transaction; for one that is there already nothing is written.
 
-    The engine's option `veilmart_writes` begins a transaction that writes.  Raises UsageError, and changes nothing, for a database that a
+    Raises UsageError, and changes nothing, for a database that a
     newer version wrote.
     """
     known = revisions(chain)
     with engine.connect() as db:
         if _version(db, known) == known[-1]:
             return
-    with _ALONE, engine.execution_options(veilmart_writes=True).begin() as db:
+    from market_node.database import writing  # whose module knows the chains
+
+    with _ALONE, writing(engine).begin() as db:
         found = _version(db, known)  # asked again: another process may have come first
         if found is None and not inspect(db).get_table_names():
             declared(chain).create_all(db)

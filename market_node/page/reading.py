@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from market_node.backup import NEWEST
+from market_node.database import open_engine
 from market_node.members import Members
-from market_node.store import Store, reading_engine
+from market_node.migrations import MARKET
+from market_node.store import Store
 from protocol.aggregation import domain_of
 from protocol.catalogue import centred_means, columns_of, name_of_map
 from protocol.codec import format_decimal
@@ -135,7 +137,7 @@ class Reading:
         self.home, self.store = home, Store.reading(home)
         self.map = _map_of(self.store, which_map)
         self._given_key = market_key
-        self._members = Members(reading_engine(home), home)
+        self._members = Members(open_engine(home, MARKET, reads_only=True), home)
         self._lock, self._fresh_s, self._looked = threading.Lock(), fresh_s, -math.inf
         self._entries: list[Entry] = []
         self._means = np.zeros((0, self.map.dimension))

@@ -34,7 +34,7 @@ os._exit(0)  # connections that are closed while Python ends would call back int
 """
 MARKET = """
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from market_node import store as stores
+from market_node import database, store as stores
 from protocol.catalogue import scalars_of
 from protocol.release import open_envelope
 from tests.protocol.worlds import envelope_of, small_map
@@ -42,11 +42,11 @@ from sqlalchemy import event
 feature_map = small_map()
 weaken = {weaken!r}
 if weaken:
-    configure = stores.configure
+    configure = database.configure
     def weaker(connection, record):
         configure(connection, record)
         connection.execute("PRAGMA synchronous=" + weaken)
-    stores.configure = weaker
+    database.configure = weaker
 store = stores.Store.open(home)
 for seed in range(40):
     envelope = envelope_of(feature_map, Ed25519PrivateKey.generate(), seed=seed)
@@ -67,15 +67,15 @@ for start in range(0, 40, 8):
 )
 # Members lie in the market's database and are opened as the store opens it.  Quotas lie beside and may lose what was charged last.
 MEMBERS = """
-from market_node import store as stores
+from market_node import database, store as stores
 from market_node.members import *
 weaken = {weaken!r}
 if weaken:
-    configure = stores.configure
+    configure = database.configure
     def weaker(connection, record):
         configure(connection, record)
         connection.execute("PRAGMA synchronous=" + weaken)
-    stores.configure = weaker
+    database.configure = weaker
 members = Members.open(home)
 for number in range(30):
     secret = members.invite(f"clinic {{number}}", 1_900_000_000)

@@ -4,15 +4,17 @@ import asyncio
 import datetime
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import grpc
 
 from market_node.certificates import Certificates, Gate
+from market_node.database import is_shared
 from market_node.doors import Doors
 from market_node.members import Member, Members
 from market_node.metrics import Metrics
+from market_node.neighbours import Neighbours
 from market_node.quotas import UNLIMITED, Limits, Quotas
 from market_node.server import OPTIONS
 from market_node.service import MarketService
@@ -64,12 +66,13 @@ def running_market(
         store = Store.open(home)
         members = Members.open(home) if enrolled_only else None
         quotas = Quotas.open(home, limits)
+        neighbours = Neighbours(home) if is_shared(home) else None
         certificates = Certificates.open(home) if members_port else None
         gate = gate_type(certificates, home, 0, doors.look) if certificates is not None else None
         service = service_type(
             store, feature_map, identity.market_key,
             simulation=simulation, policy=policy, witnesses=witnesses, members=members, register=register,
-            quotas=quotas, **({"gate": gate} if gate is not None else {}),
+            quotas=quotas, **({"gate": gate} if gate is not None else {}), **({"neighbours": neighbours} if neighbours is not None else {}),
         )  # fmt: skip
         server = grpc.aio.server(options=OPTIONS, interceptors=[metrics] if metrics else [])
         if metrics:
@@ -81,10 +84,13 @@ def running_market(
         await server.start()
         looking = asyncio.create_task(doors.keep_looking(look_s)) if gate is not None else None
         made.update(address=f"127.0.0.1:{bound}", store=store, stop=asyncio.Event())
-        started.set()
-        await made["stop"].wait()
-        service.hang_up()
-        await server.stop(1)
+        with neighbours.announced(made["address"]) if neighbours is not None else nullcontext():
+            started.set()
+            await made["stop"].wait()
+            service.hang_up()
+            await server.stop(1)
+        if neighbours is not None:
+            await neighbours.close()
         service.close()
         store.close()
         quotas.close()

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import OperationalError
 
-from market_node import quotas, store
+from market_node import database, store
 from market_node.quotas import Limits
 from market_node.store import Store
 from nodes.market_client import MarketClient
@@ -29,8 +29,7 @@ class Disk:
 
     def __init__(self, monkeypatch) -> None:
         self.full = False
-        for module in (store, quotas):
-            monkeypatch.setattr(module, "begin", self._limited(module.begin))
+        monkeypatch.setattr(database, "begin", self._limited(database.begin))
 
     def _limited(self, begin):
         def limited(connection):
@@ -141,4 +140,4 @@ def test_what_is_said_of_a_full_disk_is_said_of_nothing_else(tmp_path):
         "eperm": OSError(1, "x"),
         "usage": UsageError("x"),
     }
-    assert {name for name, error in errors.items() if store.disk_is_full(error)} == {"full", "said of it", "enospc"}
+    assert {name for name, error in errors.items() if database.disk_is_full(error)} == {"full", "said of it", "enospc"}

@@ -40,8 +40,8 @@ def node_key() -> str:
 
 
 @pytest.fixture
-def members(tmp_path):
-    made = Members.open(tmp_path / "m")
+def members(market_home):
+    made = Members.open(market_home)
     yield made
     made.close()
 
@@ -115,10 +115,11 @@ def test_what_is_wrong_with_an_invite_is_one_error(members):
     assert len(said) == 1
 
 
-def test_the_market_keeps_no_secret(members, tmp_path):
+def test_the_market_keeps_no_secret(tmp_path):
+    members = Members.open(tmp_path)
     secret = members.invite("City Hospital", LATER)
     members.close()
-    assert all(secret not in path.read_bytes() for path in (tmp_path / "m").iterdir())
+    assert all(secret not in path.read_bytes() for path in tmp_path.iterdir())
 
 
 def test_of_two_owners_with_one_invite_exactly_one_wins(members):

@@ -14,10 +14,11 @@ from sqlalchemy import create_engine, event
 
 from market_node import migrations
 from market_node.backup import back_up, restore
+from market_node.database import WRITES, begin, configure
 from market_node.members import Members
 from market_node.migrations import MARKET, QUOTAS, VERSION, declared, revisions, upgrade
 from market_node.quotas import Limits, Quota, Quotas
-from market_node.store import Store, begin, configure
+from market_node.store import Store
 from protocol.errors import QuotaExceeded, UsageError
 from protocol.transparency import root_of_all
 
@@ -134,7 +135,7 @@ def test_a_new_database_is_what_the_chain_comes_to(tmp_path, chain):
 def test_the_tables_that_the_code_declares_are_those_of_the_chain(tmp_path, chain):
     """By the chain alone, on an empty database; and a column that no migration made is seen."""
     engine = engine_of(tmp_path / "by-chain.db")
-    with engine.execution_options(veilmart_writes=True).begin() as db:
+    with engine.execution_options(**{WRITES: True}).begin() as db:
         migrations._migrate(db, chain)
     assert differences(engine, chain) == []
     with engine.begin() as db:

@@ -11,16 +11,18 @@ from market_node.store import Store
 from protocol.catalogue import EMPTY_CATALOGUE, Head, Terms, name_of_map, scalars_of, tables_of
 from protocol.errors import AlreadyPublished, NotFound, UsageError
 from protocol.features import shipped_map
+from protocol.notices import Kind, Notice, open_notice, sign_notice
 from protocol.release import open_envelope
 from tests.protocol.worlds import ADAPTER, envelope_of, small_map
 
 MAP, OWNER = small_map(), Ed25519PrivateKey.generate()
+MARKET_KEY = bytes(32)
 ENVELOPES = [envelope_of(MAP, OWNER, number=n + 1, seed=n) for n in range(4)]
 
 
 @pytest.fixture
-def store(tmp_path):
-    store = Store.open(tmp_path)
+def store(market_home):
+    store = Store.open(market_home)
     yield store
     store.close()
 
@@ -61,13 +63,15 @@ def test_an_empty_store_has_the_empty_head(store):
         store.envelope(bytes(32))
 
 
-def test_every_connection_is_fully_synchronous(store):
+def test_every_connection_is_fully_synchronous(tmp_path):
+    store = Store.open(tmp_path)
     connections = [store._engine.connect() for _ in range(3)]
     for connection in connections:
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         connection.rollback()
         connection.close()
+    store.close()
 
 
 WRITER = """
@@ -90,15 +94,15 @@ from protocol.release import open_envelope
 """
 
 
-def test_a_killed_market_keeps_everything_it_acknowledged(tmp_path):
+def test_a_killed_market_keeps_everything_it_acknowledged(market_home):
     """SIGKILL says nothing about power cuts; it does show a commit that is acknowledged too early."""
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(WRITER), str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(WRITER), str(market_home)], stdout=subprocess.PIPE, text=True)
     acknowledged = [process.stdout.readline().strip() for _ in range(50)]
     process.send_signal(signal.SIGKILL)
     acknowledged += process.stdout.read().split()
     process.stdout.close()
     process.wait()
-    store = Store.open(tmp_path)
+    store = Store.open(market_home)
     kept = {open_envelope(envelope).release_id.hex() for envelope in store.envelopes(0, store.head().size)}
     assert {line for line in acknowledged if len(line) == 64} <= kept
     assert store.head() == recomputed(store)
@@ -131,7 +135,8 @@ def test_a_half_written_adapter_is_swept_at_the_start(tmp_path):
     assert not leftover.exists()
 
 
-def test_a_full_disk_is_a_clean_error_and_reads_go_on(store):
+def test_a_full_disk_is_a_clean_error_and_reads_go_on(tmp_path):
+    store = Store.open(tmp_path)
     append(store, ENVELOPES[0])
     with store._engine.connect() as db:
         pages = db.exec_driver_sql("PRAGMA page_count").scalar()
@@ -145,6 +150,7 @@ def test_a_full_disk_is_a_clean_error_and_reads_go_on(store):
             append(store, envelope_of(MAP, key, number=number, seed=number))
     assert store.head() == recomputed(store)
     assert store.envelope(open_envelope(ENVELOPES[0]).release_id) == ENVELOPES[0]
+    store.close()
 
 
 def test_every_earlier_state_can_still_be_named_and_its_pages_too(store, monkeypatch):
@@ -195,6 +201,39 @@ def test_a_market_does_not_start_under_another_map_than_its_releases(store):
         MarketService(store, other, OWNER, simulation=False)
     store.require_map(MAP)
     assert name_of_map(shipped_map("kme-rff-256").map_id).startswith("kme-rff-256 (")
+
+
+def test_an_adapter_is_named_by_the_releases_that_stand(store):
+    store.require_map(MAP)
+    other = Ed25519PrivateKey.generate()
+    for key in (OWNER, other):
+        append(store, envelope_of(MAP, key, number=9, seed=9, adapter=ADAPTER))
+    owners = [key.public_key().public_bytes_raw() for key in (OWNER, other)]
+    assert store.names_adapter(ADAPTER.digest)
+    assert not store.names_adapter(bytes(31) + b"x")
+    assert not store.names_adapter(bytes(32)), "stands where there is none"
+    assert [claims.owner for claims in store.naming(ADAPTER.digest)] == owners
+    assert [claims.owner for claims in store.naming(ADAPTER.digest, owners[1])] == owners[1:]
+    assert store.owns_adapter(owners[0], ADAPTER.digest)
+    assert not store.owns_adapter(bytes(32), ADAPTER.digest)
+    (mine,) = store.releases_of(owners[:1])
+    data = sign_notice(Notice(Kind.WITHDRAWAL, MARKET_KEY, owners[0], (mine,)), OWNER)
+    assert (
+        store.append_notice(open_notice(data, MARKET_KEY), data) == store.append_notice(open_notice(data, MARKET_KEY), data) == (0, [data])
+    )
+    assert [claims.owner for claims in store.naming(ADAPTER.digest)] == owners[1:]
+    assert not store.owns_adapter(owners[0], ADAPTER.digest)
+    assert not store.stands(mine)
+
+
+def test_what_a_market_counts_may_be_larger_than_32_bits(store):
+    store.keep_cosigned("w", 1 << 39, b"a note")
+    store.keep_cosigned("w", (1 << 39) - 1, b"an older one")
+    append(store, envelope_of(MAP, OWNER, number=1 << 40, seed=1))
+    assert store.cosigned() == [b"a note"]
+    assert store.logged_under(OWNER.public_key().public_bytes_raw(), 1 << 40)[1] == 0
+    with pytest.raises(NotFound):
+        store.head_at(1 << 62)
 
 
 def test_a_damaged_database_is_refused_by_its_path(tmp_path):

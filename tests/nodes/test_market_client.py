@@ -1,17 +1,23 @@
 """A client believes nothing unproven: each way in which a market can lie is refused, and leaves nothing on disk."""
 
 import hashlib
+import time
 from dataclasses import replace
 
+import grpc
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from market_node.members import Members
 from market_node.service import MarketService, answering, streaming
 from nodes.learnwares import local_learnware, pull_learnware
 from nodes.market_client import MarketClient, _write_entries, find_release_id
+from nodes.membership import Membership
 from protocol.admission import AdmissionPolicy
 from protocol.catalogue import SCALARS_BYTES, scalars_of, tables_of
+from protocol.certificates import proves
+from protocol.channel import addresses_of, connect
 from protocol.errors import (
     FormatError,
     IncompatibleSpecification,
@@ -26,6 +32,7 @@ from protocol.errors import (
 )
 from protocol.features import shipped_map
 from protocol.privacy import Guarantee, PrivacyUnit
+from protocol.processes import free_port
 from protocol.release import AdapterReference, open_envelope
 from protocol.wire import market_pb2 as pb
 from tests.market_node.market import TakesAnything, running_market
@@ -391,3 +398,61 @@ def test_a_market_that_states_no_policy_is_refused(tmp_path):
     with running_market(tmp_path / "m", MAP, service_type=lying(Describe=no_policy)) as (address, ca, _):
         with MarketClient(address, ca, tmp_path / "home") as client, pytest.raises(FormatError, match="admission"):
             client.describe()
+
+
+# Several processes of one market ------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_one_address_does_not_answer_is_made_at_the_next(tmp_path, monkeypatch):
+    dead = f"127.0.0.1:{free_port()}"
+    with running_market(tmp_path / "m", MAP) as (address, ca, _):
+        monkeypatch.setattr("random.shuffle", lambda them: None)
+        for place, order in enumerate((f"{dead}, {address}", f"{address},{dead}")):
+            with MarketClient(order, ca, tmp_path / f"client{place}") as client:
+                assert client.publish(envelope_of(MAP, Ed25519PrivateKey.generate())).index == place
+                assert len(client.envelopes(MAP)) == place + 1
+        with MarketClient(f"{dead},{dead}", ca, tmp_path / "nobody") as client, pytest.raises(MarketUnreachable):
+            client.describe()
+    with pytest.raises(UsageError, match="expected HOST:PORT"):
+        connect(f"{dead},{address}", ca)
+    assert addresses_of(" a:1 ,b:2") == ["a:1", "b:2"]
+
+
+def test_a_members_call_goes_to_the_port_of_the_process_that_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr("random.shuffle", lambda them: None)
+    dead, key, now = f"127.0.0.1:{free_port()}", Ed25519PrivateKey.generate(), int(time.time())
+    owner = key.public_key().public_bytes_raw()
+    with running_market(tmp_path / "m", MAP, enrolled_only=True, members_port=True) as (address, ca, _):
+        members = Members.open(tmp_path / "m")
+        members.enrol(members.invite("City", now + 60), owner, "", now)
+        members.close()
+        membership = Membership(tmp_path / "node", owner, proves(key))
+        with MarketClient(f"{dead},{address}", ca, tmp_path / "home", membership) as client:
+            assert client.publish(envelope_of(MAP, key)).index == 0
+            client._reach(dead)  # as after a call that this one did not answer; it knew the other's port
+            client.knock()
+            assert client.publish(envelope_of(MAP, key, number=2, seed=2)).index == 1
+
+
+class BreaksOff(grpc.RpcError):
+    def code(self):
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self):
+        return ""
+
+    def trailing_metadata(self):
+        return ()
+
+
+def test_what_broke_off_half_way_is_fetched_from_its_start(tmp_path, monkeypatch):
+    half = len(DATA) // 2
+
+    def breaks_off(request, timeout):
+        yield pb.AdapterChunk(data=DATA[:half])
+        raise BreaksOff
+
+    with running_market(tmp_path / "m", MAP) as (address, ca, _), MarketClient(f"{address},{address}", ca, tmp_path / "c") as client:
+        client.upload_adapter(ADAPTER, DATA)
+        monkeypatch.setattr(client._stub, "DownloadAdapter", breaks_off)
+        assert client.download_adapter(ADAPTER) == DATA
