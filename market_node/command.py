@@ -84,6 +84,19 @@ def up(
         str, typer.Option("--page", metavar="[HOST:]PORT", help="Where a process of its own serves the market's page; 0 picks a free port.")
     ] = "7480",
     no_page: Annotated[bool, typer.Option("--no-page", help="Serve no page.")] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            min=0,
+            max=256,
+            help="Processes that answer queries; 0 answers in the market's own.",
+            show_default="one a core, once the catalogue is large",
+        ),
+    ] = None,
+    ray: Annotated[
+        str, typer.Option("--ray", metavar="ADDRESS", help="Have queries answered on this Ray cluster, which sees them encrypted.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line when ready.")] = False,
 ) -> None:
     """Run a market until it is interrupted.
@@ -147,7 +160,7 @@ def up(
         market_home, host, port, open_map(which_map), policy,
         simulation=simulation, names=tuple(name or ()), witnesses=witnesses, ready=ready, beside=beside,
         everybody=everybody or simulation, fleet=fleet, metrics=metrics, limits=limits, members_port=members_port,
-        page="" if no_page else page, page_map=which_map,
+        page="" if no_page else page, page_map=which_map, workers=workers, ray=ray,
     )  # fmt: skip
 
 

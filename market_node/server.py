@@ -8,7 +8,7 @@ import gc
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from market_node.health import Health
 from market_node.members import Member, Members
 from market_node.quotas import UNLIMITED, Limits, Quotas
 from market_node.service import MarketService
+from market_node.shards import evaluator
 from market_node.store import Store
 from protocol.admission import AdmissionPolicy
 from protocol.errors import MarketUnreachable, UsageError, VeilmartError
@@ -98,6 +99,8 @@ async def serve(
     members_port: int | None = None,
     page: str = "",
     page_map: str = "",
+    workers: int | None = None,
+    ray: str = "",
 ) -> None:
     """Serve until SIGTERM or SIGINT; `ready` is called once with the address when the port is open.
 
@@ -106,6 +109,7 @@ async def serve(
     metrics: [HOST:]PORT of loopback where Prometheus reads; "" for nowhere.  limits: what one owner may hand in within a day.
     members_port: where members' calls are taken, under certificates; None: at the one port, on their signatures.
     page: [HOST:]PORT of the page, a process of its own; "" for none.  page_map: name or file of the map, for that process.
+    workers, ray: how many processes answer queries, and the Ray cluster that they are on, as in `market_node.shards.evaluator`.
     """
     if members_port is not None and everybody:
         raise UsageError("--members-port: this market takes releases of everybody", hint="leave out --open and --simulation, or the port")
@@ -125,6 +129,7 @@ async def serve(
             stack.callback(members.close)
         quotas = Quotas.open(home, limits)
         stack.callback(quotas.close)
+        answering = stack.enter_context(closing(evaluator(workers, ray)))
         gate = None
         if members_port is not None:
             certificates = Certificates.open(home)
@@ -150,7 +155,7 @@ async def serve(
         service = MarketService(
             store, feature_map, identity.market_key,
             simulation=simulation, policy=policy, witnesses=witnesses, members=members, register=register,
-            quotas=quotas, gate=gate,
+            quotas=quotas, gate=gate, evaluator=answering,
         )  # fmt: skip
         counted, scrape = None, ""
         if metrics or page:
@@ -253,6 +258,8 @@ def run(
     members_port: int | None = None,
     page: str = "",
     page_map: str = "",
+    workers: int | None = None,
+    ray: str = "",
 ) -> None:
     """Serve in this process, with its log on stderr."""
     write_events(sys.stderr)
@@ -275,5 +282,7 @@ def run(
             members_port=members_port,
             page=page,
             page_map=page_map,
+            workers=workers,
+            ray=ray,
         )
     )
