@@ -24,12 +24,12 @@ from market_node.index import TileFolder, Version, open_tile
 from market_node.service import MarketService
 from market_node.shard_process import ProcessCrew, ProcessWorker, anonymous
 from market_node.shards import InProcess, Shards, WorkerLost, evaluator
-from market_node.store import Store
-from protocol.catalogue import EMPTY_CATALOGUE
+from protocol.catalogue import EMPTY_CATALOGUE, Head
 from protocol.channel import CHUNK_BYTES, connect
 from protocol.encryption import PRESETS, EncryptedQuery, MatchPlan, QueryKey
 from protocol.errors import UsageError
 from protocol.evaluation import EncodedIndex, evaluate
+from protocol.features import FeatureMap
 from protocol.proof import index_digest
 from protocol.wire import market_pb2 as pb
 from protocol.wire.market_pb2_grpc import MarketStub
@@ -343,15 +343,15 @@ def test_more_tiles_than_a_frame_names_are_asked_for_in_several(tmp_path, monkey
 class Asker:
     """Asks a market for one state of its catalogue, and knows the right answer."""
 
-    def __init__(self, stub: MarketStub, store: Store, rows: EncodedIndex) -> None:
-        self._stub, self._head, self._plan = stub, store.head(), rows.plan
-        query = QueryKey.fresh(self._plan).encrypt(np.full(DIMENSION, 0.2))
+    def __init__(self, stub: MarketStub, feature_map: FeatureMap, head: Head, rows: EncodedIndex) -> None:
+        self._stub, self._map, self._head, self._plan = stub, feature_map, head, rows.plan
+        query = QueryKey.fresh(self._plan).encrypt(np.full(self._plan.dimension, 0.1))
         self._query, self.right = query.to_bytes(), evaluate(rows, query).to_bytes()
 
     def __call__(self, _: int = 0) -> bool:
         """Return whether a query was answered, and rightly."""
         first = pb.MatchChunk(
-            profile=self._plan.parameters.name, map_id=MAP.map_id, catalogue_size=self._head.size, catalogue_head=self._head.digest
+            profile=self._plan.parameters.name, map_id=self._map.map_id, catalogue_size=self._head.size, catalogue_head=self._head.digest
         )
         parts = [pb.MatchChunk(data=self._query[at : at + CHUNK_BYTES]) for at in range(0, len(self._query), CHUNK_BYTES)]
         try:
@@ -368,7 +368,7 @@ def queries_under_fire(folder: Path, count: int) -> tuple[int, int]:
         channel = connect(address, ca)
         stub = MarketStub(channel)
         add(store, 30)
-        ask = Asker(stub, store, from_scratch(store, 30))
+        ask = Asker(stub, MAP, store.head(), from_scratch(store, 30))
         assert ask()
         stub.Publish(pb.PublishRequest(envelope=envelope_of(MAP, Ed25519PrivateKey.generate())), timeout=60)  # lets workers be started
         wait_for(lambda: front.workers().answering == 2)
