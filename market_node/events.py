@@ -183,6 +183,25 @@ class ProgramEnded(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerEnded(Event):
+    """A worker of the matcher ended or went silent; its part of a query was answered by the market's own process."""
+
+    LEVEL: ClassVar[int] = logging.WARNING
+    place: int
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerNotStarted(Event):
+    """A worker of the matcher did not come up; it is tried again, later each time."""
+
+    LEVEL: ClassVar[int] = logging.ERROR
+    place: int
+    kind: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
 class Incident(Event):
     """A call ended in an error that nobody raised on purpose; the caller was told the incident's id alone."""
 
