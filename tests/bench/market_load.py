@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -146,10 +147,11 @@ def load(folder: Path, minutes: float, rates: Mapping[str, float], releases: int
             assert one.stdin is not None
             one.stdin.write(f"{start}\n")
             one.stdin.flush()
+        # Without what SQLite has not moved there yet, which is bounded: it moves a thousand pages at a time.
         watch, database, cpu = Watch(process.pid, start), [], cpu_of(process.pid)
         while time.monotonic() < start + parts.end:
             watch.look()
-            database.append((round(time.monotonic() - start, 1), sum(file.stat().st_size for file in (home / "market").glob("*.db*"))))
+            database.append((round(time.monotonic() - start, 1), sum(file.stat().st_size for file in (home / "market").glob("*.db"))))
             time.sleep(EVERY_S)
         cpu = cpu_of(process.pid) - cpu
         for one in clients.values():
@@ -297,6 +299,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the JSON to a file as well")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw it")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that who breaks it off leaves no process behind
     with tempfile.TemporaryDirectory() as folder:
         result = load(Path(folder), asked.minutes, asked.rates, asked.releases)
     if asked.out:
