@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,10 +57,11 @@ class Shard:
         self, plan: MatchPlan, digests: Sequence[bytes], baby: NDArray[np.uint64], giant_keys: NDArray[np.float64]
     ) -> tuple[NDArray[np.uint8], int] | None:
         """Return the answers, (queries, digests, tile_bytes), and nanoseconds of CPU; None if a tile is not here."""
-        answers = np.empty((len(baby), len(digests), plan.parameters.tile_bytes), np.uint8)
+        started, answers = time.thread_time_ns(), np.empty((len(baby), len(digests), plan.parameters.tile_bytes), np.uint8)
         # Ray's arrays are read-only, for which numba would compile every kernel a second time.
-        cpu_ns = self._tiles.answer(plan, digests, baby.copy(), giant_keys.copy(), answers)
-        return None if cpu_ns is None else (answers, cpu_ns)
+        if self._tiles.answer(plan, digests, baby.copy(), giant_keys.copy(), answers) is None:
+            return None
+        return answers, time.thread_time_ns() - started
 
 
 class RayCrew(Crew):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from protocol.encryption import EncryptedQuery, EncryptedScores, MatchPlan
     from protocol.evaluation import EncodedTile
 
-LEAST_TILES = 16  # about 60 000 releases, where a query takes 14 ms of CPU: two workers of 100 MB each save 5 of them
+LEAST_TILES = 16  # about 60 000 releases, where a query takes 12 ms of CPU: two workers of 100 MB each save 4 of them
 MOST_WORKERS = 8  # unless somebody asks for more
 PATIENCE_S, PATIENCE = 10.0, 20  # a worker may take so long, or so many times what its part should take, before it counts as lost
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before a worker that was lost twice in a row is started again

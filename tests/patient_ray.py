@@ -1,13 +1,13 @@
 """Ray's own processes, on a machine that is busy with other tests.
 
-`ray.init` gives them 30 s, which nothing sets; here they get as long as they need, up to four minutes.
+`ray.init` gives them 30 s, which nothing sets; here they get as long as they need, up to a minute and a half.
 """
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LONGEST_S = 240.0
+LONGEST_S = 90.0
 
 
 @contextmanager

@@ -5,7 +5,8 @@
 Synthetic unit rows in the dimension of the shipped map, encoded tile by tile into files as a market does; queries encrypted beforehand,
 eight in a pass, parsed but not opened.  The ways of answering take turns, in one order for a round; one worker is the first of the two.
 Ratios are medians over rounds of what one round gave, so that other work on the machine, while it lasts longer than a round, cancels.
-Memory is proportional (Pss): a page that several processes map counts once.
+Where it does not, `path_ms` says what a pass takes on cores of its own: CPU of the front, one query after the other, and of the slowest
+part.  Memory is proportional (Pss): a page that several processes map counts once.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from protocol.encryption import EncryptedQuery, MatchPlan, QueryKey
 from protocol.evaluation import EncodedIndex
 from protocol.proof import index_digest
 from tests.bench.matching import machine, unit_rows
+from tests.patient_ray import patient
 
 DIMENSION = 96  # of kme-lin-96
 A_PASS = 8  # as market_node.service.QUERIES_A_PASS
@@ -84,6 +87,21 @@ def memory_mb(process: int | str, field: str = "Pss") -> int:
     raise RuntimeError(f"no {field} in smaps_rollup")
 
 
+def recorded_parts(front: Evaluator) -> list[int]:
+    """Return the list in which from now on the front's parts write their nanoseconds of CPU."""
+    parts: list[int] = []
+    if isinstance(front, Shards):
+        honest = front._part
+
+        def part(*what: Any) -> Any:
+            answered = honest(*what)
+            parts.append(answered.cpu_ns)
+            return answered
+
+        front._part = part  # type: ignore[method-assign]
+    return parts
+
+
 def settled(front: Shards, version: Version) -> Shards:
     """Return a front whose workers are up and have the tiles."""
     front.hold(version)
@@ -102,44 +120,54 @@ def measured(rows: int, rounds: int, ray: str, stack: ExitStack) -> dict[str, An
     ]
     fronts: dict[str, Evaluator] = {"in process": InProcess()}
     for kind, address in {"processes": "", **({"ray": ray} if ray else {})}.items():
-        two = evaluator(WORKERS, address)
+        with patient() if address else nullcontext():
+            two = evaluator(WORKERS, address)
         assert isinstance(two, Shards)
         stack.enter_context(closing(two))
         fronts[f"{kind}, 2"] = settled(two, version)
         one = Shards(Alone(two), 1)
         stack.callback(one.close)
         fronts[f"{kind}, 1"] = settled(one, version)
-    passes: dict[str, Callable[[], tuple[list[bytes], int]]] = {}
+    passes: dict[str, Callable[[], tuple[list[bytes], int, int]]] = {}
     for name, front in fronts.items():
+        parts = recorded_parts(front)
         for count in (1, A_PASS):
 
-            def ask(front: Evaluator = front, count: int = count) -> tuple[list[bytes], int]:
+            def ask(front: Evaluator = front, count: int = count, parts: list[int] = parts) -> tuple[list[bytes], int, int]:
+                parts.clear()
                 scores, cpu_ns = front.evaluate(version, queries[:count])
-                return [one.to_bytes() for one in scores], cpu_ns
+                return [one.to_bytes() for one in scores], cpu_ns, cpu_ns - sum(parts) + max(parts, default=0)
 
             passes[f"{name}: {count}"] = ask
     right = passes[f"in process: {A_PASS}"]()[0]
     for name, ask in passes.items():
-        got, _ = ask()
+        got, _, _ = ask()
         assert got == right[: len(got)], f"{name}: other bytes"
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in passes}
+    seen: dict[str, list[tuple[float, ...]]] = {name: [] for name in passes}
+    load = [os.getloadavg()[0]]
     for _ in range(rounds):
         for name, ask in passes.items():
             started = time.perf_counter()
-            got, cpu_ns = ask()
-            seen[name].append((1e3 * (time.perf_counter() - started) / len(got), cpu_ns / 1e6 / len(got)))
+            got, cpu_ns, path_ns = ask()
+            wall_ms = 1e3 * (time.perf_counter() - started)
+            seen[name].append(tuple(spent / len(got) for spent in (wall_ms, cpu_ns / 1e6, path_ns / 1e6)))
+        load.append(os.getloadavg()[0])
     ways = {
-        name: {"wall_ms": round(statistics.median(w for w, _ in times), 2), "cpu_ms": round(statistics.median(c for _, c in times), 2)}
+        name: {
+            label: round(statistics.median(each), 2)
+            for label, each in zip(("wall_ms", "cpu_ms", "path_ms"), zip(*times, strict=True), strict=True)
+        }
         for name, times in seen.items()
     }
     gains = {}
     for kind in ("processes", "ray") if ray else ("processes",):
         for count in (1, A_PASS):
-            pairs = zip(seen[f"{kind}, 1: {count}"], seen[f"{kind}, 2: {count}"], strict=True)
-            gains[f"{kind}: {count}"] = sorted(round(one / two, 2) for (one, _), (two, _) in pairs)
+            pairs = list(zip(seen[f"{kind}, 1: {count}"], seen[f"{kind}, 2: {count}"], strict=True))
+            for label, which in (("wall", 0), ("path", 2)):
+                gains[f"{kind}: {count}, {label}"] = sorted(round(one[which] / two[which], 2) for one, two in pairs)
     workers = [worker.pid for name, front in fronts.items() if name.endswith(", 2") for worker in front._workers]  # type: ignore[attr-defined]
     return {
-        "rows": rows, "dimension": DIMENSION, "rounds": rounds, "encoding": encoding,
+        "rows": rows, "dimension": DIMENSION, "rounds": rounds, "load_of_the_machine": sorted(load), "encoding": encoding,
         "plan": {"tiles": plan.tiles, "baby": plan.baby, "giant": plan.giant, "rows_per_tile": plan.rows_per_tile},
         "tiles_mb": round(sum(tile.diagonals.nbytes for tile in version.index.tiles) / 1e6),
         "memory_mb": {"front": memory_mb("self"), "workers": [memory_mb(pid) for pid in workers]},
