@@ -102,7 +102,7 @@ def tile_clusters(releases: int, dimension: int) -> int:
 
 def in_clear(probed: int, dimension: int) -> Steps:
     """Return a scan of so many clusters of one tile, which the querier names."""
-    return steps_of(MatchPlan.build(probed * tile_rows(dimension), dimension))
+    return exact(probed * tile_rows(dimension), dimension)
 
 
 def hidden(releases: int, clusters: int, dimension: int, probes: int = 1) -> Steps:

@@ -79,7 +79,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
         for row in result["accelerators"]
     ]
     kept = [[power(row["releases"]), *(short(value) for name, value in row.items() if name != "releases")] for row in result["publishing"]]
-    head = [name.replace("_", " ") for name in result["publishing"][0] if name != "releases"]
+    head = [name.replace("_", " ").replace(" mb", " MB").replace(" gb", " GB") for name in result["publishing"][0] if name != "releases"]
     return {
         "needed": markdown(
             ["releases", "queries a second", "cheapest that shows nothing", "cores", "money a month", "money a million queries",

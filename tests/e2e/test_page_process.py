@@ -70,6 +70,8 @@ def test_a_page_that_cannot_start_or_is_killed_leaves_the_market_and_comes_back(
 
             first = page_of(process.pid)
             assert os.getpriority(os.PRIO_PROCESS, first) > os.getpriority(os.PRIO_PROCESS, process.pid), "the market goes first"
+            assert b"MALLOC_ARENA_MAX=2\0" in Path(f"/proc/{first}/environ").read_bytes(), "or every thread would keep a heap of its own"
+            assert b"MALLOC_ARENA_MAX" not in Path(f"/proc/{process.pid}/environ").read_bytes()
             os.kill(first, signal.SIGKILL)
             require_serving(started["address"], ca, PATIENCE_S)
             wait_for(lambda: page_of(process.pid) not in (0, first) and read(started["page"] + "healthz")[0] == 200, PATIENCE_S)
