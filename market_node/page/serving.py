@@ -68,7 +68,7 @@ def beside(home: Path, where: str, which_map: str, market_key: bytes) -> Iterato
     host, port = host_and_port(where, "--page")
     port = port or free_port()
     words = (sys.executable, "-m", "market_node.page", str(home), f"{host}:{port}", which_map, market_key.hex())
-    program = Program("page", (*dies_with_us(), *words), {**os.environ, **ENVIRONMENT}, home / LOG)
+    program = Program("page", (*dies_with_us(), *words), ENVIRONMENT | os.environ, home / LOG)
     with Supervisor([program], tell_of_end):
         yield shown(host, port)
 
