@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from protocol.encryption import MatchPlan
     from protocol.evaluation import EncodedTile
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 LOCAL = "local"  # as Ray calls a cluster that it starts here, and ends with this process
 STARTS = 3  # of it: Ray waits 30 s for its own processes, and no option says otherwise: too short on a machine that is very busy
 START_S = 120.0  # Ray may start a process, which may compile the kernels
@@ -73,6 +73,8 @@ class RayCrew(Crew):
         os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
         import ray
 
+        # Whatever it is told below, Ray prints to standard output what its own processes say of workers that die, in words of its own.
+        ray._private.worker.print_to_stdstream = lambda *_, **__: None
         for left in reversed(range(STARTS if address == LOCAL else 1)):
             try:
                 dashboard = False if address == LOCAL else None  # what already runs is not ours to choose

@@ -75,7 +75,7 @@ def test_ray_stays_in_its_module_and_is_loaded_when_it_is_asked_for():
 
 
 def test_a_matching_worker_loads_no_store_and_no_network():
-    loaded = loaded_by("import market_node.shard_worker, protocol.evaluation; market_node.shard_worker.warm_up()")
+    loaded = loaded_by("import market_node.shard_worker, protocol.evaluation, protocol.hazmat.embedding")
     assert not loaded & {"sqlalchemy", "grpc", "cryptography", "tenseal", "typer", "ray"}
 
 
