@@ -85,6 +85,19 @@ def up(
     ] = "7480",
     no_page: Annotated[bool, typer.Option("--no-page", help="Serve no page.")] = False,
     database: DatabaseUrl = "",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            min=0,
+            max=256,
+            help="Processes that answer queries; 0 answers in the market's own.",
+            show_default="one a core, once the catalogue is large",
+        ),
+    ] = None,
+    ray: Annotated[
+        str, typer.Option("--ray", metavar="ADDRESS", help="Have queries answered on this Ray cluster, which sees them encrypted.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line when ready.")] = False,
 ) -> None:
     """Run a market until it is interrupted.
@@ -148,7 +161,7 @@ def up(
         market_home, host, port, open_map(which_map), policy,
         simulation=simulation, names=tuple(name or ()), witnesses=witnesses, ready=ready, beside=beside,
         everybody=everybody or simulation, fleet=fleet, metrics=metrics, limits=limits, members_port=members_port,
-        page="" if no_page else page, page_map=which_map, database=database,
+        page="" if no_page else page, page_map=which_map, database=database, workers=workers, ray=ray,
     )  # fmt: skip
 
 
@@ -208,7 +221,8 @@ def invite(
         raise UsageError(f"{market_home}: no market here yet", hint="`veilmart market up` makes one")
     if address is None:
         if not (market_home / ADDRESS).is_file():
-            raise UsageError("market invite: expected --address", hint="HOST:PORT as the organisation reaches this market")
+            hint = 'HOST:PORT as the organisation reaches it; a market that has said "market HOST:PORT" once is known here'
+            raise UsageError("market invite: expected --address, since this market was not up yet", hint=hint)
         address = (market_home / ADDRESS).read_text().strip()
         if address.startswith(("0.0.0.0:", "[::]:")):  # where this market listens, and where nobody else finds it
             hint = "HOST:PORT as the organisation reaches this market"

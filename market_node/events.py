@@ -23,7 +23,7 @@ FRAMES = 8  # of a traceback, the innermost
 DIGEST, NAME, CODE = r"[0-9a-f]{1,16}", r"[A-Za-z_][A-Za-z0-9_.]{0,63}", r"[a-z.-]{1,40}"
 FORMS = {
     "release": DIGEST, "owner": DIGEST, "adapter": DIGEST, "incident": DIGEST,
-    "kind": NAME, "logger": NAME, "level": NAME, "code": CODE, "notice": CODE,
+    "kind": NAME, "logger": NAME, "level": NAME, "code": CODE, "notice": CODE, "program": CODE,
     "where": r"(?:[A-Za-z0-9_<>.-]{1,64}:[0-9]{1,7} ?){0,8}",
     "witness": r"[A-Za-z0-9_.:/-]{1,255}",
 }  # fmt: skip
@@ -173,6 +173,35 @@ class IndexFailed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class ProgramEnded(Event):
+    """A process that the market keeps running ended; its own log says why, and it is started again."""
+
+    LEVEL: ClassVar[int] = logging.WARNING
+    program: str
+    exit_code: int
+    again_in_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnded(Event):
+    """A worker of the matcher ended or went silent; its part of a query was answered by the market's own process."""
+
+    LEVEL: ClassVar[int] = logging.WARNING
+    place: int
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerNotStarted(Event):
+    """A worker of the matcher did not come up; it is tried again, later each time."""
+
+    LEVEL: ClassVar[int] = logging.ERROR
+    place: int
+    kind: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
 class Incident(Event):
     """A call ended in an error that nobody raised on purpose; the caller was told the incident's id alone."""
 
@@ -204,6 +233,11 @@ class Other(Event):
 def tell(event: Event) -> None:
     """Log an event."""
     LOGGER.log(event.LEVEL, event)
+
+
+def tell_of_end(program: str, exit_code: int, again_in_s: float) -> None:
+    """Log that a process ended, as a Supervisor reports it."""
+    tell(ProgramEnded(program, exit_code, round(again_in_s)))
 
 
 def short(digest: bytes) -> str:

@@ -55,6 +55,7 @@ class Version:
     head: Head
     index: EncodedIndex
     digest: bytes  # of plan and tiles, for the signature of an answer
+    files: tuple[Path | None, ...]  # of the tiles, one each; None where a tile is in memory alone
 
 
 def _checksum(name: str, rest: bytes | memoryview) -> bytes:
@@ -100,11 +101,31 @@ class TileFolder:
             return tile
         return self.load(name, tile.diagonals.shape) or tile
 
+    def path(self, name: str) -> Path:
+        """Return where the tile of a name lies, if it does."""
+        return self._folder / name
+
     def sweep(self, names: set[str]) -> None:
         """Remove all other files; a version that still uses one keeps its mapping."""
         for path in self._folder.glob("[!.]*"):  # others are half written, perhaps by another process
             if path.name not in names:
                 path.unlink(missing_ok=True)
+
+
+def open_tile(file: Path, tile: EncodedTile) -> int | None:
+    """Return a descriptor of a tile's file, its diagonals from HEADER_BYTES on, or None if the file is gone or another tile's.
+
+    The rest of it is not hashed: this process did so when it loaded or wrote the tile.
+    """
+    try:
+        opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    whole = os.fstat(opened).st_size == HEADER_BYTES + tile.diagonals.nbytes
+    if whole and os.pread(opened, DIGEST_BYTES, DIGEST_BYTES) == tile.digest:
+        return opened
+    os.close(opened)
+    return None
 
 
 class MarketIndex:
@@ -143,16 +164,17 @@ class MarketIndex:
                     self._versions.popitem(last=False)
             return version
 
-    def refresh(self) -> None:
-        """Build the version of the newest state, and remove files that it does not use."""
+    def refresh(self) -> Version | None:
+        """Build the version of the newest state and return it, None for an empty catalogue; remove files that it does not use."""
         newest = self._store.head()
         if not newest.size:
-            return
+            return None
         version = self.build(newest.size, newest.digest)
         with self._building:
             names = {name for name, _, _ in self._full_tiles(version.index.plan)}
             self._files.sweep(names)
             self._tiles = {name: tile for name, tile in self._tiles.items() if name in names}
+        return version
 
     def _known_state(self, size: int, newest: Head) -> Head | None:
         if not newest.size - RELEASES_BACK <= size <= newest.size or size < 1:
@@ -179,18 +201,20 @@ class MarketIndex:
 
         plan = MatchPlan.build(state.size, self._map.dimension)
         shape = plan.parameters.degree // BLOCK, plan.giant, plan.baby, BLOCK
-        tiles, done = [], 0
+        tiles, files, done = [], list[Path | None](), 0
         for name, start, stop in self._full_tiles(plan):
             tile = self._tiles.get(name) or self._files.load(name, shape)
             if tile is None:
                 tile = self._files.keep(name, self._tile(plan, start, stop))
             self._tiles[name] = tile
             tiles.append(tile)
+            files.append(self._files.path(name))
             done = stop
         if done < state.size:
             tiles.append(self._tile(plan, done, state.size))
+            files.append(None)
         index = EncodedIndex(plan, tuple(tiles))
-        return Version(state, index, index_digest(index))
+        return Version(state, index, index_digest(index), tuple(files))
 
     def _tile(self, plan: MatchPlan, start: int, stop: int) -> EncodedTile:
         from protocol.evaluation import EncodedIndex

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from market_node.index import MarketIndex, Version
+from market_node.shards import Evaluator, InProcess
 from market_node.store import Store
 from protocol.errors import VeilmartError
 from protocol.features import FeatureMap
@@ -27,10 +28,11 @@ class Answer:
 
 
 class Matcher:
-    """Answers encrypted queries; thread-safe.  It never holds a secret of a query."""
+    """Answers encrypted queries; thread-safe.  It never holds a secret of a query.  evaluator: what computes the answers."""
 
-    def __init__(self, store: Store, feature_map: FeatureMap, market_key: Any) -> None:
+    def __init__(self, store: Store, feature_map: FeatureMap, market_key: Any, evaluator: Evaluator | None = None) -> None:
         self._map, self._key = feature_map, market_key
+        self.evaluator = evaluator or InProcess()
         self.index = MarketIndex(store, feature_map, store.home / "index" / feature_map.map_id.hex()[:32])
 
     def warm_up(self) -> None:
@@ -42,13 +44,18 @@ class Matcher:
         query = EncryptedQuery.from_bytes(bytes(plan.parameters.query_bytes), plan)
         evaluate(EncodedIndex.build(np.zeros((1, self._map.dimension)), plan), query)
 
+    def refresh(self) -> None:
+        """Have the index of the newest state ready where it is answered."""
+        version = self.index.refresh()
+        if version is not None:
+            self.evaluator.hold(version)
+
     def answer(self, version: Version, queries: Sequence[bytes]) -> list[Answer | VeilmartError]:
         """Return for each query the signed scores of all releases of a version, or FormatError for bytes that are no query.
 
         All share one pass over the tiles; what each is told to have cost is its share.
         """
         from protocol.encryption import EncryptedQuery
-        from protocol.evaluation import evaluate_many
 
         started = time.thread_time_ns()
         results: list[Answer | VeilmartError] = []
@@ -61,8 +68,9 @@ class Matcher:
                 results.append(VeilmartError("not answered"))
             except VeilmartError as error:
                 results.append(error)
-        scores = evaluate_many(version.index, parsed)
-        cpu_ns = (time.thread_time_ns() - started) // max(len(parsed), 1)
+        parsing_ns = time.thread_time_ns() - started
+        scores, evaluating_ns = self.evaluator.evaluate(version, parsed)
+        cpu_ns = (parsing_ns + evaluating_ns) // max(len(parsed), 1)
         for place, one in zip(places, scores, strict=True):
             data = one.to_bytes()
             statement = statement_of(queries[place], self._map.map_id, version.head, version.digest, data)

@@ -53,6 +53,8 @@ class Metrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             ("veilmart_uploads", "Adapters that are being uploaded.", lambda: service.load().uploads),
             ("veilmart_upload_bytes", "Bytes announced for these.", lambda: service.load().upload_bytes),
             ("veilmart_unsent_bytes", "Answers that their queriers have not read yet.", lambda: service.load().unsent_bytes),
+            ("veilmart_workers", "Workers that answer queries beside the market's process.", lambda: service.load().workers),
+            ("veilmart_workers_lost", "Workers that ended or went silent.", lambda: service.load().workers_lost),
         ):
             Gauge(name, text, registry=self.registry).set_function(value)
 

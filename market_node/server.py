@@ -7,7 +7,7 @@ import gc
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from market_node.members import Member, Members
 from market_node.neighbours import Neighbours, lock_folder
 from market_node.quotas import UNLIMITED, Limits, Quotas
 from market_node.service import MarketService
+from market_node.shards import evaluator
 from market_node.store import Store
 from protocol.admission import AdmissionPolicy
 from protocol.errors import MarketUnreachable, UsageError, VeilmartError
@@ -45,7 +46,7 @@ OPTIONS = [
     # measured); here the service tells each of them when to come again.
     ("grpc.server.max_pending_requests", 20_000),
     ("grpc.server.max_pending_requests_hard_limit", 30_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),  # clients ask every 10 s whether the connection still carries anything
+    ("grpc.http2.min_ping_interval_without_data_ms", 5000),  # clients ask every 10 s whether the connection still carries anything
     ("grpc.http2.max_ping_strikes", 2),
     ("grpc.so_reuseport", 0),  # a second market on the same port must fail, not share it
 ]
@@ -88,6 +89,8 @@ async def serve(
     page: str = "",
     page_map: str = "",
     database: str = "",
+    workers: int | None = None,
+    ray: str = "",
 ) -> None:
     """Serve until SIGTERM or SIGINT; `ready` is called once with the address when the port is open.
 
@@ -97,6 +100,7 @@ async def serve(
     members_port: where members' calls are taken, under certificates; None: at the one port, on their signatures.
     page: [HOST:]PORT of the page, a process of its own; "" for none.  page_map: name or file of the map, for that process.
     database: URL of PostgreSQL, kept in the folder; "" for what the folder says.
+    workers, ray: how many processes answer queries, and the Ray cluster that they are on, as in `market_node.shards.evaluator`.
     """
     if members_port is not None and everybody:
         raise UsageError("--members-port: this market takes releases of everybody", hint="leave out --open and --simulation, or the port")
@@ -121,6 +125,7 @@ async def serve(
             stack.callback(members.close)
         quotas = Quotas.open(home, limits)
         stack.callback(quotas.close)
+        answering = stack.enter_context(closing(evaluator(workers, ray)))
         gate = None
         if members_port is not None:
             certificates = Certificates.open(home)
@@ -150,7 +155,7 @@ async def serve(
         service = MarketService(
             store, feature_map, identity.market_key,
             simulation=simulation, policy=policy, witnesses=witnesses, members=members, register=register,
-            quotas=quotas, gate=gate, neighbours=neighbours,
+            quotas=quotas, gate=gate, neighbours=neighbours, evaluator=answering,
         )  # fmt: skip
         counted, scrape = None, ""
         if metrics or page:
@@ -257,6 +262,8 @@ def run(
     page: str = "",
     page_map: str = "",
     database: str = "",
+    workers: int | None = None,
+    ray: str = "",
 ) -> None:
     """Serve in this process, with its log on stderr."""
     write_events(sys.stderr)
@@ -280,5 +287,7 @@ def run(
             page=page,
             page_map=page_map,
             database=database,
+            workers=workers,
+            ray=ray,
         )
     )

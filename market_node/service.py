@@ -46,6 +46,7 @@ from market_node.members import Member, Members
 from market_node.neighbours import Neighbours, was_passed_on
 from market_node.quotas import Quota, Quotas
 from market_node.relay import LINE_S, Switchboard
+from market_node.shards import Evaluator
 from market_node.store import Log, Offer, Store, Stored, read_chunks
 from market_node.superlink import canonical_key, hand_over_supernode
 from market_node.uploads import Uploads
@@ -261,6 +262,8 @@ class Load:
     uploads: int
     upload_bytes: int  # announced for these
     unsent_bytes: int
+    workers: int  # that answer queries now, beside the market's process
+    workers_lost: int  # since it started
 
 
 class MarketService(MarketServicer):
@@ -280,6 +283,7 @@ class MarketService(MarketServicer):
         quotas: Quotas | None = None,
         gate: Gate | None = None,
         neighbours: Neighbours | None = None,
+        evaluator: Evaluator | None = None,
     ) -> None:
         store.require_map(feature_map)
         self._store, self._map, self._key, self._simulation = store, feature_map, market_key, simulation
@@ -297,7 +301,7 @@ class MarketService(MarketServicer):
         require_newest_notices(store)
         self._given_out = self._notices_given_out = 0
         self._shown = self._notices_shown = 0, b""
-        self._matcher = Matcher(store, feature_map, market_key)
+        self._matcher = Matcher(store, feature_map, market_key, evaluator)
         # One thread writes and reads the store, one encodes, one evaluates: neither the event loop nor a query whose index is there waits
         # for disk or encoding.
         self._storing = ThreadPoolExecutor(1, "store")
@@ -340,7 +344,8 @@ class MarketService(MarketServicer):
     def load(self) -> Load:
         """Return what is held now; safe from any thread."""
         uploads = self._uploads
-        return Load(self._given_out, QUERIES_AT_ONCE - self._queries._value, uploads.count, uploads.announced_bytes, self._unsent)
+        waiting, workers = QUERIES_AT_ONCE - self._queries._value, self._matcher.evaluator.workers()
+        return Load(self._given_out, waiting, uploads.count, uploads.announced_bytes, self._unsent, *workers)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -902,7 +907,7 @@ class MarketService(MarketServicer):
 
     def _first_index(self) -> None:
         try:
-            self._matcher.index.refresh()
+            self._matcher.refresh()
         except Exception as error:  # noqa: BLE001 - told as an event, and tried again with the next release
             tell(IndexFailed(kind_of(error), where(error.__traceback__)))
 
@@ -917,7 +922,7 @@ class MarketService(MarketServicer):
             self._news = False
             await asyncio.sleep(REFRESH_S)
             try:
-                await asyncio.get_running_loop().run_in_executor(self._indexing, self._matcher.index.refresh)
+                await asyncio.get_running_loop().run_in_executor(self._indexing, self._matcher.refresh)
             except Exception as error:  # noqa: BLE001 - as above
                 tell(IndexFailed(kind_of(error), where(error.__traceback__)))
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from market_node.events import tell_of_end
 from protocol.errors import FormatError, MarketUnreachable, UsageError, VeilmartError
 from protocol.keys import write_durably
 from protocol.processes import (
@@ -194,7 +195,7 @@ def superlink(market_home: Path, ca: Path, certificate: Path, key: Path, *, port
     state = home / "superlink.json"
     if not (home / "state.db").exists():
         (home / TOLD).unlink(missing_ok=True)  # a SuperLink that begins anew knows nobody
-    with Supervisor([link, exec_]) as supervisor:
+    with Supervisor([link, exec_], tell_of_end) as supervisor:
         wait_for_port(supervisor, link, HOST, port)
         write_durably(state, json.dumps({"address": where, "pid": os.getpid(), "processes": supervisor.pids()}).encode())
         try:

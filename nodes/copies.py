@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from protocol.notices import Notice, first_keys
 from protocol.release import Release
 
 FALSE_ALARM = 1e-6  # probability that a market of honest releases has a pair that is taken for a copy
@@ -22,15 +23,19 @@ PAIRS_AT_ONCE = 1024
 
 
 class Copies:
-    """The releases of one market, in the order of its log, ready to be compared."""
+    """The releases of one market, in the order of its log, ready to be compared.
 
-    def __init__(self, releases: Sequence[Release]) -> None:
+    notices: its own; an owner that rotated its key is the same one, and renews its releases under the new key.
+    """
+
+    def __init__(self, releases: Sequence[Release], notices: Sequence[Notice] = ()) -> None:
         from scipy.stats import chi2
 
         sums = [release.specification.noisy_sums[1:] for release in releases]
         self._sums = np.array(sums, np.float64) if sums else np.zeros((0, 2))
         self._variances = np.array([float(release.specification.noise_variance) for release in releases])
-        self._owners = np.unique([release.owner.hex() for release in releases], return_inverse=True)[1]
+        first = first_keys(notices)
+        self._owners = np.unique([first.get(release.owner, release.owner).hex() for release in releases], return_inverse=True)[1]
         self._norms = (self._sums**2).sum(axis=1)
         level = FALSE_ALARM / (3 * max(len(releases) * (len(releases) - 1) / 2, 1))
         dimension = self._sums.shape[1]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from nodes.loopback import hosts_of, make_server, run, same_secret
 from nodes.reuse.strategies import Answer, Assistant
-from protocol.errors import Unauthorised, UsageError, VeilmartError
+from protocol.errors import OutsideWindow, Unauthorised, UsageError, VeilmartError
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -220,6 +220,10 @@ async def _complete(request: Request, served: _Served) -> Response:
     assistant = served.assistants.get(question.model)
     if assistant is None:
         raise Refused(404, "model: not served here, /v1/models lists what is", param="model")
+    try:
+        assistant.require_holding()
+    except OutsideWindow as error:  # it held when it was loaded; a client that tries again would hear the same
+        raise Refused(410, f"{error}; `veilmart pull` its renewal and start this endpoint again", param="model") from None
     try:
         assistant.check_length(question.turns, question.limit)
     except VeilmartError as error:

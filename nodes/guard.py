@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from nodes.activations import MEMORY_BYTES, cached_pass
 from nodes.cohort import CohortRules, Rounds
 from nodes.finetune import HeldOut, Recipe
-from nodes.ledger import DEFAULT_POPULATION, Budget, Charge, Ledger, Origin, Price, not_compared, specification_charge
+from nodes.ledger import DEFAULT_POPULATION, Budget, Charge, Ledger, Origin, Price, not_compared, renewal_request, specification_charge
 from nodes.machine import out_of_memory_is
 from nodes.populations import claim, digests_of, require_unclaimed
 from nodes.private_training import PrivateRecipe
@@ -447,7 +447,7 @@ class Guard:
                 again = replace(release, owner=self.owner, release_number=number, previous=previous, window=self._window())
                 return again.release_id, sign_release(again, self._key)
 
-            request = _digest_of("renewal", [release.release_id])
+            request = renewal_request(release.release_id)
             envelope = self._ledger.charge(request, Charge((), release.specification.guarantee.delta), sign, origin=Origin.RENEWED)
         return envelope
 

@@ -50,7 +50,7 @@ from protocol.specification import NORM_SQUARED
 
 POPULATION = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 DEFAULT_POPULATION = "default"
-COHORT_TAG = domain_tag("cohort-charge", 1)
+COHORT_TAG, RENEWAL_TAG = domain_tag("cohort-charge", 1), domain_tag("renewal", 1)
 LEDGER_TAG, ENTRY_TAG = domain_tag("ledger", 2), domain_tag("ledger-entry", 2)
 SCHEMA = (
     """
@@ -125,6 +125,11 @@ def release_charge(release: Release) -> Charge:
 def cohort_request(cohort_id: bytes) -> bytes:
     """Return what the charge of a cohort's round is known by."""
     return hashlib.sha256(COHORT_TAG + cohort_id).digest()
+
+
+def renewal_request(release_id: bytes) -> bytes:
+    """Return what the next renewal of a release is known by."""
+    return _digest(RENEWAL_TAG, b"", release_id)
 
 
 def epsilon_of(adapter: AdapterReference | None) -> str | float | None:
@@ -452,7 +457,8 @@ class Ledger:
     def absorb(self, envelopes: Sequence[bytes]) -> int:
         """Charge every release of the market that the ledger does not know, from its envelope; return how many.
 
-        What was spent was spent: this never refuses, even beyond the budget.  Raises PopulationConflict for a release of another unit.
+        What was spent was spent: this never refuses, even beyond the budget.  A renewal costs nothing here either: it has the numbers and
+        the adapter of a release that is charged.  Raises PopulationConflict for a release of another unit.
         """
         by_id = {release.release_id: (release, envelope) for envelope in envelopes for release in [open_envelope(envelope)]}
         with self._transaction() as db:
@@ -465,14 +471,17 @@ class Ledger:
                         f"release {release.release_number}: its unit is {str(unit)!r}, that of this ledger {str(self.unit)!r}",
                         hint="declare the unit of the lost ledger (--unit)",
                     )
+            paid = {_given_away(release): release for release in _releases(db)}
             for release in missing:
                 if release.cohort is not None:
                     _absorb_round(db, release, release.cohort.cohort_id)
                     if not _is_own(release, self._owners):
                         continue
-                charge = Charge((), release.specification.guarantee.delta) if release.cohort is not None else release_charge(release)
-                request = hashlib.sha256(domain_tag("absorbed", 1) + release.release_id).digest()
-                envelope = by_id[release.release_id][1]
+                earlier = paid.get(_given_away(release))
+                paid_before = release.cohort is not None or earlier is not None
+                charge = Charge((), release.specification.guarantee.delta) if paid_before else release_charge(release)
+                paid[_given_away(release)] = release
+                request, envelope = _absorbed_request(db, release, earlier), by_id[release.release_id][1]
                 _append(db, release.release_number, request, charge, Origin.MARKET, release.release_id, envelope)
             db.execute("UPDATE ledger SET compared = 1")
         return len(missing)
@@ -656,6 +665,26 @@ def not_in(releases: Sequence[Release], entries: Sequence[Entry], owners: Sequen
 
 def _is_own(release: Release, owners: Sequence[bytes] | None) -> bool:
     return owners is None or release.owner in owners
+
+
+def _releases(db: sqlite3.Connection) -> list[Release]:
+    """Return the releases that are charged, in the order of their numbers."""
+    return sorted((open_envelope(entry.envelope) for entry in _verified(db) if entry.envelope), key=lambda release: release.release_number)
+
+
+def _given_away(release: Release) -> tuple[object, ...]:
+    """Return all of a release that was made from records; who has two that agree in it has learnt nothing from the second."""
+    specification = release.specification
+    return specification.map_id, specification.noisy_sums.tobytes(), specification.noise_variance, specification.guarantee, release.adapter
+
+
+def _absorbed_request(db: sqlite3.Connection, release: Release, earlier: Release | None) -> bytes:
+    """Return what a release of the market is known by; of a renewal what a guard asks for, which then signs no other one."""
+    if earlier is not None and earlier.release_number < release.release_number:
+        request = renewal_request(earlier.release_id)
+        if not db.execute("SELECT 1 FROM entry WHERE request = ?", (request,)).fetchone():
+            return request
+    return hashlib.sha256(domain_tag("absorbed", 1) + release.release_id).digest()
 
 
 def _absorb_round(db: sqlite3.Connection, release: Release, cohort_id: bytes) -> None:

@@ -100,6 +100,7 @@ class Description:
     may_publish: bool  # whether the owner that was asked about may
     witnessed: tuple[bytes, ...] = ()  # the newest note that each witness signed, as the market hands them out; not verified
     members_port: int = 0  # on the same host: where calls of members are taken; 0: at this one
+    witnesses: tuple[str, ...] = ()  # trusted here, and signed this log within 24 hours
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,7 @@ class Mirror:
     releases: tuple[Release, ...]
     positions: tuple[int, ...]  # of these releases in the market's catalogue
     refused: tuple[bytes, ...] = ()  # ids of releases that the market holds against its own policy
+    notices: tuple[Notice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +200,11 @@ class MarketClient:
         self._members_port = int(answer.members_port)
         self._remember(bytes(answer.checkpoint), head, bytes(answer.market_key))
         witnessed = tuple(bytes(note) for note in answer.witnessed)
-        self._require_witnesses(witnessed, bytes(answer.checkpoint), bytes(answer.market_key))
+        witnesses = self._require_witnesses(witnessed, bytes(answer.checkpoint), bytes(answer.market_key))
         admission = _admission(answer.admission)
         return Description(
             answer.market_key, tuple(answer.map_ids), answer.simulation, head, admission, bool(answer.may_publish), witnessed,
-            self._members_port,
+            self._members_port, witnesses,
         )  # fmt: skip
 
     def _remember(self, note: bytes, head: Head, market_key: bytes) -> None:
@@ -225,11 +227,15 @@ class MarketClient:
             for path in self._kept_checkpoints:
                 write_durably(path, note, 0o644)
 
-    def _require_witnesses(self, notes: Sequence[bytes], shown: bytes, market_key: bytes) -> None:
-        """Raise InvalidProof unless a witness that this home trusts, if it trusts any, signed the log that is shown."""
+    def _require_witnesses(self, notes: Sequence[bytes], shown: bytes, market_key: bytes) -> tuple[str, ...]:
+        """Return the names of the witnesses that this home trusts and that signed the log that is shown.
+
+        Raises InvalidProof where it trusts some, and none of them signed.
+        """
         checkpoint, witnesses = open_checkpoint(shown, market_key), read_witnesses(self._witnesses)
-        if witnesses and checkpoint.size:
-            require_witnessed(notes, witnesses, market_key, checkpoint, self.prove_consistency, time.time())
+        if not witnesses or not checkpoint.size:
+            return ()
+        return tuple(require_witnessed(notes, witnesses, market_key, checkpoint, self.prove_consistency, time.time()))
 
     @staticmethod
     def today() -> int:
@@ -636,8 +642,8 @@ class MarketClient:
             except NotAdmitted:
                 refused.append(release.release_id)
         if len(kept) == len(releases):
-            return Mirror(catalogue, releases, tuple(kept))
-        return Mirror(catalogue.only(kept), tuple(releases[i] for i in kept), tuple(kept), tuple(refused))
+            return Mirror(catalogue, releases, tuple(kept), notices=notices)
+        return Mirror(catalogue.only(kept), tuple(releases[i] for i in kept), tuple(kept), tuple(refused), notices)
 
     def envelopes(self, feature_map: FeatureMap) -> list[bytes]:
         """Return the envelopes of all releases in the order of the catalogue, every one verified."""
@@ -700,6 +706,12 @@ class MarketClient:
         """
         envelopes, releases, _ = self._releases(self._accepting(feature_map), feature_map)
         return [envelope for envelope, release in zip(envelopes, releases, strict=True) if set(release.signers) & set(owners)]
+
+    def kept_release(self, description: Description, position: int, release_id: bytes) -> Release | None:
+        """Return a release from the copy of all releases, where this home keeps one that has it; nobody is asked."""
+        envelopes = _read_entries(self._folder(description) / "envelopes")
+        release = open_envelope(envelopes[position]) if position < len(envelopes) else None
+        return release if release is not None and release.release_id == release_id else None
 
     def _releases(self, description: Description, feature_map: FeatureMap) -> tuple[list[bytes], tuple[Release, ...], Catalogue]:
         path = self._folder(description) / "envelopes"

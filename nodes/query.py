@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from nodes.records import Prompt, Record
 from protocol.catalogue import ROW, Catalogue, Terms, centred_means
 from protocol.errors import StaleCatalogue, UsageError
 from protocol.features import VIEWS, FeatureMap
+from protocol.notices import Notice
 from protocol.release import Release
 from protocol.scoring import Match, Ranking, Scores, Sketch, Verdict, rank, score, sketch_of, verdict_of
 
@@ -89,6 +90,7 @@ class Found:
     views: int  # of the query
     exchange: Exchange | None = None  # with the market, of an encrypted query
     releases: tuple[Release, ...] | None = None  # where they lie here in clear
+    notices: tuple[Notice, ...] = ()  # the market's, with the releases
 
     @property
     def server_cpu_ms(self) -> float | None:
@@ -120,7 +122,7 @@ class Found:
 
     @cached_property
     def _copies(self) -> Copies | None:
-        return Copies(self.releases) if self.releases is not None else None
+        return Copies(self.releases, self.notices) if self.releases is not None else None
 
     def title_of(self, match: Match) -> str:
         """Return the title of a match, NAME@HEX."""
@@ -142,7 +144,7 @@ def find_in_mirror(sketch: Sketch, client: MarketClient, feature_map: FeatureMap
     mirror = client.mirror(feature_map)
     owners = client.organisations(mirror.catalogue.head)
     numbers = owners.numbers[list(mirror.positions)]
-    return _ranked(mirrored_products(mirror, sketch), mirror.catalogue, sketch, filters, numbers, owners.names, releases=mirror.releases)
+    return _ranked(mirrored_products(mirror, sketch), mirror.catalogue, sketch, filters, numbers, owners.names, mirror=mirror)
 
 
 def ignore_exchange(exchange: Exchange) -> None:
@@ -210,12 +212,12 @@ def _ranked(
     owners: NDArray[np.uint32],
     organisations: tuple[str, ...],
     exchange: Exchange | None = None,
-    releases: tuple[Release, ...] | None = None,
+    mirror: Mirror | None = None,
 ) -> Found:
     kept = filters.positions(catalogue)
     if len(kept) < len(catalogue):
         catalogue = catalogue.only(kept.tolist())
     scores = score(products[kept], catalogue.columns(sketch.views), sketch, catalogue.feature_map)
     ranked = rank(scores, catalogue, sketch)
-    left = tuple(releases[at] for at in kept) if releases is not None else None
-    return Found(ranked, scores, catalogue, owners[kept], organisations, sketch.views, exchange, left)
+    found = Found(ranked, scores, catalogue, owners[kept], organisations, sketch.views, exchange)
+    return found if mirror is None else replace(found, releases=tuple(mirror.releases[at] for at in kept), notices=mirror.notices)

@@ -64,7 +64,7 @@ def name_in(certificate: x509.Certificate | x509.CertificateSigningRequest) -> N
 
     try:
         names = list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, ValueError):
         names = []
     if len(names) != 1 or not isinstance(names[0], x509.UniformResourceIdentifier):
         raise FormatError("certificate: expected exactly one name in it, a URI")
@@ -131,14 +131,15 @@ def open_request(data: bytes, market_key: bytes) -> Request:
         text = request.attributes.get_attribute_for_oid(AttributeOID.CHALLENGE_PASSWORD).value.decode("ascii")
         said, _, digits = text.partition(":")
         asked, proof = int(said[:16]), bytes.fromhex(digits)
-    except (ValueError, x509.AttributeNotFound, UnsupportedAlgorithm):
+        signed = request.is_signature_valid
+    except (ValueError, x509.AttributeNotFound, x509.InvalidVersion, UnsupportedAlgorithm):
         raise FormatError("certificate request: expected PKCS#10 in PEM with an owner's proof") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise FormatError("certificate request: expected a key on P-256")
     name = name_in(request)
     if name.courier or not 0 <= asked < 1 << 62:
         raise FormatError("certificate request: expected a node's name and a time")
-    if not request.is_signature_valid:
+    if not signed:
         raise InvalidSignature("certificate request: not signed by the key that it asks for")
     public_key = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     try:

@@ -86,32 +86,40 @@ def evaluate_many(index: EncodedIndex, queries: Sequence[EncryptedQuery], thread
     opened = [query.opened() for query in queries]
     if not opened:
         return []
-    return [EncryptedScores.pack(plan, coefficients) for coefficients in inner_products(index, opened, threads)]
+    steps, giant_keys = baby_steps(plan, opened, threads), [query.keys[1] for query in opened]
+    answers = np.empty((len(opened), plan.tiles, plan.parameters.tile_bytes), np.uint8)
+    shares = [range(int(share[0]), int(share[-1]) + 1) for share in np.array_split(np.arange(plan.tiles), min(threads, plan.tiles))]
 
+    def answer(share: range) -> None:
+        tiles = [tile.diagonals for tile in index.tiles[share.start : share.stop]]
+        answer_tiles(plan, tiles, steps, giant_keys, answers[:, share.start : share.stop])
 
-def inner_products(index: EncodedIndex, queries: Sequence[OpenedQuery], threads: int = 1) -> NDArray[np.uint64]:
-    """Return the truncated coefficients of all answers, (queries, tiles, 2, degree); the queries were made for this index."""
-    plan, steps = index.plan, _baby_steps(index.plan, queries, threads)
-    answers = np.empty((len(queries), plan.tiles, 2, plan.parameters.degree), np.uint64)
-    shares = np.array_split(np.arange(plan.tiles), min(threads, plan.tiles))
     if len(shares) == 1:
-        _answer_tiles(index, queries, steps, shares[0], answers)
+        answer(shares[0])
     else:
         with ThreadPoolExecutor(len(shares)) as pool:
-            list(pool.map(lambda share: _answer_tiles(index, queries, steps, share, answers), shares))
-    return answers
+            list(pool.map(answer, shares))
+    return [EncryptedScores(plan, answer.tobytes()) for answer in answers]
 
 
-def _baby_steps(plan: MatchPlan, queries: Sequence[OpenedQuery], threads: int) -> NDArray[np.uint64]:
-    """Return all rotations of all queries, (queries, degree / BLOCK, baby, 2, BLOCK)."""
-    from protocol.hazmat.ring import BLOCK, automorphism, baby_steps
+def steps_shape(plan: MatchPlan, queries: int) -> tuple[int, ...]:
+    """Return the shape of the baby steps of so many queries."""
+    from protocol.hazmat.ring import BLOCK
 
-    degree, ring = plan.parameters.degree, _switch_ring(plan)
-    by_one = automorphism(degree, plan.galois_elements[0])
-    steps = np.empty((len(queries), degree // BLOCK, plan.baby, 2, BLOCK), np.uint64)
+    return queries, plan.parameters.degree // BLOCK, plan.baby, 2, BLOCK
+
+
+def baby_steps(
+    plan: MatchPlan, queries: Sequence[OpenedQuery], threads: int = 1, out: NDArray[np.uint64] | None = None
+) -> NDArray[np.uint64]:
+    """Return all rotations of all queries, of `steps_shape`, written to `out` if it is given: whatever answers a tile needs them."""
+    from protocol.hazmat import ring
+
+    by_one, switch = ring.automorphism(plan.parameters.degree, plan.galois_elements[0]), _switch_ring(plan)
+    steps = np.empty(steps_shape(plan, len(queries)), np.uint64) if out is None else out
 
     def rotate(q: int) -> None:
-        baby_steps(queries[q].ciphertext, by_one, queries[q].keys[0], ring, steps[q])
+        ring.baby_steps(queries[q].ciphertext, by_one, queries[q].keys[0], switch, steps[q])
 
     if threads == 1 or len(queries) == 1:
         for q in range(len(queries)):
@@ -122,29 +130,38 @@ def _baby_steps(plan: MatchPlan, queries: Sequence[OpenedQuery], threads: int) -
     return steps
 
 
-def _answer_tiles(
-    index: EncodedIndex, queries: Sequence[OpenedQuery], steps: NDArray[np.uint64], tiles: NDArray[np.int64], answers: NDArray[np.uint64]
+def answer_tiles(
+    plan: MatchPlan,
+    tiles: Sequence[NDArray[np.uint64]],
+    steps: NDArray[np.uint64],
+    giant_keys: Sequence[NDArray[np.float64]] | NDArray[np.float64],
+    answers: NDArray[np.uint8],
 ) -> None:
-    """Write the answers for the given tiles, which follow one another."""
+    """Write the answers of any tiles of a plan to `answers`, (queries, tiles, plan.parameters.tile_bytes): as in `EncryptedScores`.
+
+    tiles: their diagonals.  steps: from `baby_steps`.  giant_keys: the second key of each query, (2 polynomials, 2 limbs, degree).
+    """
+    from protocol.hazmat.packing import pack
     from protocol.hazmat.ring import automorphism, finish_tiles, multiply_accumulate
 
-    plan, ring = index.plan, _switch_ring(index.plan)
-    parameters = plan.parameters
+    parameters, ring = plan.parameters, _switch_ring(plan)
     by_baby = automorphism(parameters.degree, plan.galois_elements[1])
-    at_once = max(1, min(_TILES_AT_ONCE, len(tiles), _PARTS_BYTES // (16 * parameters.degree * plan.giant * len(queries))))
-    parts = np.empty((at_once, len(queries), plan.giant, 2, parameters.degree))
-    blocks = steps.shape[1]
+    queries, blocks = steps.shape[:2]
+    at_once = max(1, min(_TILES_AT_ONCE, len(tiles), _PARTS_BYTES // (16 * parameters.degree * plan.giant * queries)))
+    parts = np.empty((at_once, queries, plan.giant, 2, parameters.degree))
+    coefficients = np.empty((1, 2, parameters.degree), np.uint64)
+    bits = [parameters.data_bits - drop for drop in parameters.drops]
     for start in range(0, len(tiles), at_once):
         group = tiles[start : start + at_once]
         passes = _PASSES if len(group) > 1 else 1
         for i in range(passes):
-            for part, tile in zip(parts, group, strict=False):
-                first, last = blocks * i // passes, blocks * (i + 1) // passes
-                multiply_accumulate(steps, index.tiles[tile].diagonals, ring.data, first, last, part)
-        for q, query in enumerate(queries):
-            for part, tile in zip(parts, group, strict=False):
-                out = answers[q, tile : tile + 1]
-                finish_tiles(part[q : q + 1], by_baby, query.keys[1], ring, parameters.drops, parameters.data_bits, out)
+            for part, diagonals in zip(parts, group, strict=False):
+                multiply_accumulate(steps, diagonals, ring.data, blocks * i // passes, blocks * (i + 1) // passes, part)
+        for q in range(queries):
+            for at, part in enumerate(parts[: len(group)], start):
+                finish_tiles(part[q : q + 1], by_baby, giant_keys[q], ring, parameters.drops, parameters.data_bits, coefficients)
+                packed = b"".join(pack(polynomial, width) for polynomial, width in zip(coefficients[0], bits, strict=True))
+                answers[q, at] = np.frombuffer(packed, np.uint8)
 
 
 def _switch_ring(plan: MatchPlan) -> SwitchRing:

@@ -200,3 +200,12 @@ def require_rightful(notices: Iterable[Notice], owner_of: Mapping[bytes, bytes])
 def taken_back(notices: Iterable[Notice]) -> frozenset[bytes]:
     """Return the ids of all releases that no longer stand."""
     return frozenset(release_id for notice in notices for release_id in notice.taken_back)
+
+
+def first_keys(notices: Iterable[Notice]) -> dict[bytes, bytes]:
+    """Return, for each key that an owner went on under, the first key that this owner had; both signed each step between them."""
+    first: dict[bytes, bytes] = {}
+    for notice in notices:
+        if notice.kind is Kind.ROTATION:
+            first.setdefault(notice.subjects[0], first.get(notice.owner, notice.owner))
+    return first

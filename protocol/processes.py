@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,11 +103,19 @@ def shorten(log_file: Path) -> None:
             os.truncate(log_file, 0)
 
 
-class Supervisor:
-    """Keeps programs running from `start` to `stop`."""
+def _log_end(program: str, code: int, again_in_s: float) -> None:
+    log.warning("ended program=%s code=%s again_in_s=%.0f", program, code, again_in_s)
 
-    def __init__(self, programs: Sequence[Program]) -> None:
+
+class Supervisor:
+    """Keeps programs running from `start` to `stop`.
+
+    on_end: gets the name of a program that ended, its exit code, and in how many seconds it is tried again.
+    """
+
+    def __init__(self, programs: Sequence[Program], on_end: Callable[[str, int, float], None] = _log_end) -> None:
         self._programs = programs
+        self._on_end = on_end
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._running: dict[str, subprocess.Popen[bytes]] = {}
@@ -142,7 +150,7 @@ class Supervisor:
                     self.ended[program.name] = code
                     pause = FIRST_PAUSE_S if now - since[program.name] > STEADY_S else due[program.name][1]
                     due[program.name] = (now + pause, min(2 * pause, LONGEST_PAUSE_S))
-                    log.warning("ended program=%s code=%s again_in_s=%.0f", program.name, code, pause)
+                    self._on_end(program.name, code, pause)
                 if program.name not in self._running and now >= due[program.name][0]:
                     try:
                         self._running[program.name] = start(program)

@@ -20,13 +20,14 @@ ALLOWED = {
     },
     "market_node": {
         "market_node", "protocol", "numpy", "cryptography", "grpc", "grpc_health", "prometheus_client", "sqlalchemy", "alembic", "psycopg",
-        "typer", "platformdirs", "flwr", "starlette", "uvicorn", "markupsafe",
+        "typer", "platformdirs", "flwr", "ray", "starlette", "uvicorn", "markupsafe",
     },
 }  # fmt: skip
 # What both web surfaces share stands in the protocol, where nothing else needs it.
 WEB = {"protocol/web": {"starlette", "jinja2", "markupsafe"}, "nodes/ui": {"markupsafe"}, "market_node/page": {"markupsafe"}}
 # flwr is touched by one module a side, and by the grid.
 FLOWER = {"nodes/flower.py", "nodes/grid.py", "market_node/flower.py"}
+RAY = {"market_node/shard_ray.py"}
 SLOW_TO_LOAD = (
     "torch", "transformers", "opacus", "flwr", "tenseal", "numba", "numpy", "grpc", "sqlalchemy", "alembic", "psycopg", "peft",
     "starlette", "uvicorn", "jinja2",
@@ -65,6 +66,17 @@ def test_a_forbidden_import_would_be_seen(tmp_path):
 def test_flwr_stays_in_its_adapters():
     touching = {str(path.relative_to(ROOT)) for package in ALLOWED for path in sources(package) if "flwr" in imports(path)}
     assert touching <= FLOWER
+
+
+def test_ray_stays_in_its_module_and_is_loaded_when_it_is_asked_for():
+    touching = {str(path.relative_to(ROOT)) for package in ALLOWED for path in sources(package) if "ray" in imports(path)}
+    assert touching == RAY
+    assert "ray" not in loaded_by("import market_node.shard_ray")
+
+
+def test_a_matching_worker_loads_no_store_and_no_network():
+    loaded = loaded_by("import market_node.shard_worker, protocol.evaluation; market_node.shard_worker.warm_up()")
+    assert not loaded & {"sqlalchemy", "grpc", "cryptography", "tenseal", "typer", "ray"}
 
 
 def test_one_module_of_the_protocol_draws():

@@ -63,7 +63,8 @@ def audit_market(
         Check("log", True, f"{newest.size} releases under root {newest.root.hex()[:16]}, {from_}"),
         Check("releases", True, f"{len(releases)} signatures verified, all rows, terms and cards recomputed"),
     ]
-    flags = [*implausible(releases, description.admission), *copies(releases), *broken_chains(releases, client.notices())]
+    notices = client.notices()
+    flags = [*implausible(releases, description.admission), *copies(releases, notices), *broken_chains(releases, notices)]
     if not description.simulation:
         flags += [Flag(release.title, "made with simulated noise") for release in releases if release.simulated]
     checks.append(Check("plausible", not flags, f"{len(flags)} releases flagged" if flags else "no release is implausible, none a copy"))
@@ -101,10 +102,10 @@ def broken_chains(releases: Sequence[Release], notices: Sequence[Notice]) -> lis
     return flags
 
 
-def copies(releases: Sequence[Release]) -> list[Flag]:
+def copies(releases: Sequence[Release], notices: Sequence[Notice] = ()) -> list[Flag]:
     """Return the releases that are nearer to an earlier one of another owner than two independent noises leave them."""
     reason = "nearer to {} than noise leaves two data sets"
-    return [Flag(releases[later].title, reason.format(releases[earlier].title)) for later, earlier in Copies(releases).pairs()]
+    return [Flag(releases[later].title, reason.format(releases[earlier].title)) for later, earlier in Copies(releases, notices).pairs()]
 
 
 def _aggregates(client: MarketClient, feature_map: FeatureMap) -> Check:

@@ -34,7 +34,7 @@ WATCH_S = 0.2  # between two looks at whether the guard's worker lives
 
 def node_up(
     home: Home,
-    data: Annotated[Path, typer.Argument(help="Your records: JSONL with prompt and response, or text.")],
+    data: Annotated[Path, typer.Option("--data", help="Your records: JSONL with prompt and response, or text.")],
     socket: Annotated[
         Path | None, typer.Option("--socket", help="Where the guard listens.", show_default="guard/socket below --home")
     ] = None,
@@ -75,7 +75,7 @@ def node_up(
 
     Where the policy has a table [relay] it answers questions that come through the market, over a line that it dials out.
 
-    Example: veilmart node up notes.jsonl --flower market.example:443 --ca ca.crt --app-user veilmart-app
+    Example: veilmart node up --data notes.jsonl --flower market.example:443 --ca ca.crt --app-user veilmart-app
     """
     import logging
     import signal

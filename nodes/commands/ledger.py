@@ -158,7 +158,8 @@ def node_repair(
         ledger.require_owner(owner)
         added = ledger.absorb(envelopes)
     lines = [
-        f"the market holds {len(envelopes)} releases of this owner; {added} were missing in the ledger and are charged now",
+        f"the market holds {len(envelopes)} releases of this owner; {added} were missing in the ledger and are in it now",
+        "each is charged but a renewal, which has the numbers of one that is",
         "releases at other markets are not known to this one: repair with each market you published at",
         *((f"the damaged ledger is kept at {aside}",) if aside else ()),
     ]

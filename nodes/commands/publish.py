@@ -116,7 +116,7 @@ def node_publish(
         f"ledger of population {population}: spent {price.spent:.2f} of {price.limit:.2f}, left {price.left:.2f}",
         f"receipt: {kept}  (`veilmart verify release` checks it offline)",
     ]
-    show(result, as_json, lines, then=f"node up {shlex.quote(str(data))}")
+    show(result, as_json, lines, then=f"node up --data {shlex.quote(str(data))}")
 
 
 def _rule_of_thumb(strength: float) -> str:

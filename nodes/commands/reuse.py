@@ -23,6 +23,7 @@ from nodes.commands.options import (
     Quiet,
     show,
 )
+from nodes.commands.show import signers_of
 from protocol.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,10 +62,11 @@ def pull(
         "schema": "veilmart.pull/1", "release_id": stored.release.release_id.hex(), "title": stored.release.title,
         "adapter": str(stored.adapter) if stored.adapter else None, "adapter_guarantee": promise,
         "epsilon_spec": guarantee.epsilon, "delta": guarantee.delta, "unit": str(guarantee.unit),
-        "cover": cover,
+        "cover": cover, "signers": [signer.hex() for signer in stored.release.signers],
     }  # fmt: skip
     lines = [
         f"{stored.release.title}  signature ok, in the market's signed catalogue, admitted",
+        *([f"signed by {signers_of(stored.release)}"] if stored.release.cohort is not None else []),
         f"specification: epsilon {guarantee.epsilon:g} at delta {guarantee.delta:g}, unit {guarantee.unit}",
         f"adapter: {stored.adapter or 'this owner published none'}" + (f", digest ok, guarantee: {promise}" if stored.adapter else ""),
         f"fetched among {cover + 1} in random order: the market cannot tell which; it sees who fetched, when, and what several pulls share"

@@ -186,4 +186,4 @@ def _specialists(stored: Sequence[StoredLearnware], model: BaseModel) -> tuple[S
 def specialist_of(stored: StoredLearnware, model: BaseModel) -> Specialist:
     """Return a pulled learnware as something that can answer; every byte is checked again."""
     release, adapter = stored.release, stored.load_adapter(model.model_id)
-    return Specialist(release.title, adapter, release.specification.guarantee.epsilon, stored.size_bytes)
+    return Specialist(release.title, adapter, release.specification.guarantee.epsilon, stored.size_bytes, release.window)

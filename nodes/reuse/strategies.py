@@ -27,6 +27,7 @@ from nodes.reuse.decoding import (
     speculative,
 )
 from protocol.errors import UsageError
+from protocol.window import ALWAYS, Window, day_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -134,6 +135,7 @@ class Specialist:
     adapter: Adapter
     epsilon: float | None = None  # of the specification that it was chosen by; the adapter's own guarantee is in the adapter
     fetched_bytes: int = 0  # release and adapter, as they come over the wire
+    window: Window = ALWAYS  # of its release
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +205,9 @@ class Assistant:
         """Yield the greedy answer as it is decoded; return it with its provenance.
 
         A piece may be empty: after every token there is one, so that who has heard enough can stop.  Raises UsageError for a prompt
-        that is too long.
+        that is too long, and what `require_holding` raises.
         """
+        self.require_holding()
         self.check_length(turns, limit)
         started, steps = time.perf_counter(), self._decode(turns, limit)
         text, logarithms, count, finished = None, 0.0, 0, False
@@ -236,6 +239,12 @@ class Assistant:
             except StopIteration as stop:
                 found: Answer = stop.value
                 return found
+
+    def require_holding(self) -> None:
+        """Raise OutsideWindow unless the releases of all specialists hold today: an assistant may be kept longer than they do."""
+        today = day_of(time.time())
+        for specialist in self.account.specialists:
+            specialist.window.require(today, specialist.title)
 
     def check_length(self, turns: Turns, limit: int) -> None:
         """Raise UsageError unless prompt and answer fit every model involved."""

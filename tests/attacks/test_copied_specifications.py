@@ -4,16 +4,19 @@ The markets are those of test_forged_specifications.py: 100 tasks, one honest no
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from nodes.audit.market import audit_market
 from nodes.copies import Copies
 from nodes.market_client import MarketClient
 from nodes.places import places
 from nodes.query import find_encrypted, find_in_mirror
 from protocol.catalogue import centred_means, columns_of
+from protocol.notices import Kind, Notice, sign_notice
 from protocol.privacy import Guarantee, noise_variance
 from protocol.release import Card, Release, sign_release
 from protocol.scoring import Verdict, score, sketch_of
@@ -22,7 +25,7 @@ from protocol.window import ALWAYS
 from tests.attacks.test_forged_specifications import TASKS, VARIANCE, D, Market, built, forged
 from tests.market_node.market import running_market
 from tests.nodes.test_audit_market import WIDE, copied
-from tests.protocol.worlds import features, release_of
+from tests.protocol.worlds import features, public, release_of
 
 DRAWS, QUERIES = 24, 10
 
@@ -159,3 +162,30 @@ def test_the_verdict_is_that_on_the_first_who_has_a_place(robbed):
     assert given.verdict is found.verdict_on(given.matches[0])
     assert places(found, 10, wanted=lambda match: False).verdict is Verdict.NONE
     assert found.title_of(given.matches[0]) == original
+
+
+@pytest.fixture
+def rotated(tmp_path):
+    """A market whose only owner rotated its key and then renewed its release, which is the same specification under both keys."""
+    with running_market(tmp_path / "m", WIDE) as (address, ca, _), MarketClient(address, ca, tmp_path / "q") as client:
+        old, new = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+        release = release_of(WIDE, old, count=2_000)
+        client.publish(sign_release(release, old))
+        step = Notice(Kind.ROTATION, client.describe().market_key, public(old), (public(new),))
+        client.submit(sign_notice(step, old, new))
+        renewed = replace(release, owner=public(new), release_number=2, previous=release.release_id)
+        client.publish(sign_release(renewed, new))
+        yield client, {release.title, renewed.title}
+
+
+def test_a_renewal_under_the_next_key_of_its_owner_is_no_copy(rotated):
+    client, titles = rotated
+    found = find_in_mirror(SKETCH, client, WIDE)
+    given = places(found, 10)
+    assert given.copies == {}
+    assert {found.title_of(match) for match in given.matches} == titles
+    assert audit_market(client, WIDE, answers=0).flags == ()
+    # Control: without the rotation that both keys signed, it is a stranger's.
+    releases = client.mirror(WIDE).releases
+    assert Copies(releases).original_of(1) == 0
+    assert list(Copies(releases).pairs()) == [(1, 0)]

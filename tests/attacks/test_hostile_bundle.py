@@ -154,7 +154,7 @@ def owner(home: Path, said: dict, base: Path, *how: str):
     records = [{"prompt": f"{MARKER} question {number}", "response": f"answer {number * 7 % 13}"} for number in range(40)]
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     command = [
-        sys.executable, "-m", "nodes.command", "node", "up", str(data), "--no-train", "--base", str(base), "--json",
+        sys.executable, "-m", "nodes.command", "node", "up", "--data", str(data), "--no-train", "--base", str(base), "--json",
         "--flower", said["superlink"], "--ca", said["ca"], *how,
     ]  # fmt: skip
     with (home / "node.log").open("wb") as log:

@@ -7,6 +7,7 @@ have a test of their own (tests/protocol/test_encryption.py), and releases one t
 import base64
 import hashlib
 import random
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,16 +24,19 @@ from nodes.guard_service import order_from_wire
 from protocol import cohort_round, notices, sealing, transparency
 from protocol.aggregation import State, aggregates_of, parse_aggregates
 from protocol.catalogue import Head, Terms, card_of, parse_cards, parse_terms, split_cards
+from protocol.certificates import make_request, new_tls_key, open_request, proves
 from protocol.claims import parse_claims
 from protocol.codec import encode, format_decimal
 from protocol.cohort import CohortSeal
 from protocol.cohort_round import Ask, Member, Roster, Step
+from protocol.conflict import Conflict, sign_conflict
 from protocol.encryption import EncryptedScores, MatchPlan
 from protocol.enrolment import CHECK_BYTES, PREFIX, Invite
-from protocol.errors import VeilmartError
+from protocol.errors import FormatError, VeilmartError
 from protocol.evidence import pack, unpack
 from protocol.features import load_map
 from protocol.notices import Kind, Notice, open_notice, sign_notice
+from protocol.organisations import numbered, open_organisations
 from protocol.proof import AnswerProof, pack_releases, unpack_releases
 from protocol.release import Card, parse_release
 from protocol.sealing import Asked, OpeningKey, Question, Reply, Suite, open_introduction, open_question, sign_introduction
@@ -50,6 +54,8 @@ RELEASE = release_of(MAP, OWNER, adapter=ADAPTER)
 NOTE = sign_checkpoint(Checkpoint(origin_of(PUBLIC), 3, bytes(range(32)), bytes(32)), MARKET)
 HASHES = tuple(bytes([n]) * 32 for n in range(3))
 WITNESS = Witness("witness.example", KEY)
+RECEIPT = Receipt(b"envelope" * 9, PUBLIC, 2, NOTE, HASHES)
+ORGANISATIONS = numbered([("a", "clinic"), ("b", ""), ("a", "clinic"), ("c", "shop")])
 PLAN = MatchPlan.build(3, MAP.dimension)
 HONEST_S = 1.0  # of one input; a thousand times what any takes
 
@@ -95,6 +101,11 @@ def parsed_order(data: bytes):
     return order
 
 
+def request_of(data: bytes) -> bytes:
+    return ssl.DER_cert_to_PEM_cert(data).replace("CERTIFICATE", "CERTIFICATE REQUEST").encode()
+
+
+REQUEST = make_request(new_tls_key(), KEY, PUBLIC, 1_800_000_000, proves(OWNER)).decode().replace("CERTIFICATE REQUEST", "CERTIFICATE")
 INVITATION = Invite("market.example:7443", "City Hospital", 1_900_000_000, PUBLIC, bytes(32), b"-----BEGIN CERTIFICATE-----\nMIIB\n")
 INVITE_DATA = base64.urlsafe_b64decode(str(INVITATION).removeprefix(PREFIX) + "==")[:-CHECK_BYTES]
 WITHDRAWAL = sign_notice(Notice(Kind.WITHDRAWAL, PUBLIC, KEY, (RELEASE.release_id,)), OWNER)
@@ -133,7 +144,7 @@ PARSERS = {
     "signed checkpoint": Parser(NOTE, lambda data: open_checkpoint(data, PUBLIC), None),
     "cosigned checkpoint": Parser(cosign(NOTE, WITNESS.name, OWNER, 1_800_000_000), lambda data: cosigned_at(data, WITNESS), None),
     "witness": Parser(str(WITNESS).encode(), lambda data: Witness.parse(data.decode("latin-1")), lambda made: str(made).encode()),
-    "receipt": Parser(Receipt(b"envelope" * 9, PUBLIC, 2, NOTE, HASHES).to_bytes(), Receipt.from_bytes, Receipt.to_bytes),
+    "receipt": Parser(RECEIPT.to_bytes(), Receipt.from_bytes, Receipt.to_bytes),
     "proof of an answer": Parser(PROOF.to_bytes(), AnswerProof.from_bytes, AnswerProof.to_bytes),
     "file of releases": Parser(pack_releases([b"one" * 5, b"two" * 9, b""]), unpack_releases, pack_releases),
     "invite": Parser(INVITE_DATA, lambda data: Invite.parse(invite_line(data)), lambda made: _data_of(str(made))),
@@ -147,6 +158,11 @@ PARSERS = {
     "adapter": Parser(SMALL, lambda data: Adapter.from_bytes(data, base_model=BASE), Adapter.to_bytes),
     "map": Parser(MAP.manifest, load_map, lambda made: made.manifest),
     "evidence": Parser(pack({"manifest.json": b"{}", "checkpoint": NOTE}), unpack, pack),
+    "conflict": Parser(sign_conflict(RECEIPT, b"envelope" * 8, MARKET).to_bytes(), Conflict.from_bytes, Conflict.to_bytes),
+    "organisations": Parser(
+        ORGANISATIONS.numbers.tobytes(), lambda data: open_organisations(data, ORGANISATIONS.names, 4), lambda made: made.numbers.tobytes()
+    ),
+    "request for a certificate": Parser(ssl.PEM_cert_to_DER_cert(REQUEST), lambda data: open_request(request_of(data), PUBLIC), None),
     "order": Parser(
         pb.Order(epsilon="0.5", delta="1e-06", map_id=bytes(32), epsilon_adapter="2.0").SerializeToString(), parsed_order, None,
         (VeilmartError, DecodeError),
@@ -184,6 +200,16 @@ def mutated(sample: bytes, rng: random.Random) -> bytes:
         else:
             data[at:] = data[at:] if rng.random() < 0.7 else b""
     return bytes(data)
+
+
+def test_a_request_of_another_version_or_for_a_name_of_another_kind_is_refused():
+    """Both are errors of a kind of their own where certificates are parsed, and came through as such."""
+    der = ssl.PEM_cert_to_DER_cert(REQUEST)
+    version = der.index(b"\x02\x01\x00") + 2
+    name = der.index(b"veilmart://") - 2
+    for at, value in ((version, 1), (name, 0x83)):
+        with pytest.raises(FormatError):
+            open_request(request_of(der[:at] + bytes([value]) + der[at + 1 :]), PUBLIC)
 
 
 @pytest.fixture

@@ -91,19 +91,19 @@ def unit_rows(rows: int, dimension: int, seed: int) -> np.ndarray:
 
 def split(plan: MatchPlan, index: EncodedIndex, data: bytes, repeats: int) -> dict[str, float]:
     """Return the CPU milliseconds of the parts of a query: parsing, seeds, baby steps, truncation and packing, and the rest."""
-    from protocol.evaluation import _baby_steps, inner_products
+    from protocol.encryption import EncryptedScores
+    from protocol.evaluation import baby_steps
     from protocol.hazmat.ring import field, truncate
 
     parameters = plan.parameters
     query = EncryptedQuery.from_bytes(data, plan)
     opened = query.opened()
-    coefficients = inner_products(index, [opened])[0]
+    coefficients = EncryptedScores.from_bytes(evaluate(index, query).to_bytes(), plan).coefficients()
+    coefficients >>= np.array(parameters.drops, np.uint64)[:, None]
     ciphertext, out = opened.ciphertext, np.empty((2, parameters.degree), np.uint64)
     tables = field(parameters.degree, parameters.data_prime)
 
     def truncate_all() -> None:
-        from protocol.encryption import EncryptedScores
-
         for _ in range(plan.tiles):
             truncate(ciphertext, tables, parameters.drops, parameters.data_bits, out)
         EncryptedScores.pack(plan, coefficients)
@@ -112,7 +112,7 @@ def split(plan: MatchPlan, index: EncodedIndex, data: bytes, repeats: int) -> di
         {
             "parsing": lambda: EncryptedQuery.from_bytes(data, plan),
             "seeds": query.opened,
-            "baby steps": lambda: _baby_steps(plan, [opened], 1),
+            "baby steps": lambda: baby_steps(plan, [opened]),
             "truncation": truncate_all,
             "whole": lambda: evaluate(index, EncryptedQuery.from_bytes(data, plan)),
         },

@@ -41,14 +41,14 @@ KEY, TEXT = Ed25519PrivateKey.generate(), "pt c/o chest pain, what now? " * 8
 class AtOnce:
     """A worker that seals a fixed answer."""
 
-    def __init__(self, release_id: bytes) -> None:
-        self._release_id, self._key, self._introduction = release_id, OpeningKey.generate(), b""
+    def __init__(self, release_id: bytes, owner: Ed25519PrivateKey = KEY) -> None:
+        self._release_id, self._owner, self._key, self._introduction = release_id, owner, OpeningKey.generate(), b""
 
     def introduce(self, envelope: bytes, market_key: bytes, challenge: bytes) -> Future[list[bytes]]:
-        owner, made = KEY.public_key().public_bytes_raw(), Future[list[bytes]]()
+        owner, made = self._owner.public_key().public_bytes_raw(), Future[list[bytes]]()
         shown = Introduction(owner, self._release_id, self._key.suite, self._key.public, int(time.time()) + 3600, False, 4000, 256)
-        self._introduction = sign_introduction(shown, KEY)
-        made.set_result([self._introduction, KEY.sign(announcement_bytes(market_key, challenge, self._introduction))])
+        self._introduction = sign_introduction(shown, self._owner)
+        made.set_result([self._introduction, self._owner.sign(announcement_bytes(market_key, challenge, self._introduction))])
         return made
 
     def answer(self, sealed: bytes, patience_s: float) -> Future[list[bytes]]:

@@ -89,10 +89,10 @@ def node_log(home: Path) -> str:
     return "\n".join(path.read_text(errors="replace") for path in [home / "node.log", *(home / "flower").glob("*.log")] if path.exists())
 
 
-def campaign(home: Path, said: dict, *words: str, code: int = 0) -> dict:
+def campaign(home: Path, said: dict, *words: str, code: int = 0, patience_s: float = 420) -> dict:
     """Run `campaign run --json`, expect its exit code, return the account (or the error)."""
     command = [sys.executable, "-m", "nodes.command", "campaign", "run", "--market", said["address"], "--json", *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=with_code(home), timeout=420, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=with_code(home), timeout=patience_s, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return json.JSONDecoder().raw_decode(done.stdout)[0]
 

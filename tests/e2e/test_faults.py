@@ -1,5 +1,6 @@
 """Networks that delay, cut, reset and go silent: nothing is done twice, and once they are well so are we, within seconds."""
 
+import asyncio
 import hashlib
 import sqlite3
 import threading
@@ -11,6 +12,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from market_node.quotas import Limits
+from market_node.server import OPTIONS
+from market_node.service import MarketService
 from nodes import market_client
 from nodes.base_model import BaseModel
 from nodes.market_client import MarketClient
@@ -20,6 +23,7 @@ from protocol import channel
 from protocol.errors import GuardUnreachable, MarketUnreachable
 from protocol.release import AdapterReference, open_envelope
 from tests.e2e.fault_proxy import DOWN, UP, FaultProxy
+from tests.market_node import market as markets
 from tests.market_node.market import running_market
 from tests.nodes.guard_processes import wait_for
 from tests.nodes.owners import tiny_map
@@ -240,6 +244,38 @@ def test_without_pings_such_a_connection_swallows_call_after_call(owner, tmp_pat
         for _ in range(3):
             with pytest.raises(MarketUnreachable, match="deadline"):
                 owner.publish()
+
+
+class TakesTime(MarketService):
+    """Says nothing while five pings come."""
+
+    async def Describe(self, request, context):
+        await asyncio.sleep(5.5)
+        return await super().Describe(request, context)
+
+
+def described_after_a_while(folder, monkeypatch, market_options) -> None:
+    monkeypatch.setattr(markets, "OPTIONS", market_options)
+    with running_market(folder / "market", MAP, service_type=TakesTime) as (address, ca, _):
+        with MarketClient(address, ca, folder / "home") as client:
+            client.describe()
+
+
+@pytest.mark.slow
+def test_an_answer_that_takes_many_pings_arrives(tmp_path, quick_pings, monkeypatch):
+    """At a tenth of our pace on both sides: gRPC asks no oftener than once a second."""
+    pace = "grpc.http2.min_ping_interval_without_data_ms"
+    assert dict(channel.OPTIONS)["grpc.keepalive_time_ms"] == 1000
+    options = [(name, value // 10 if name == pace else value) for name, value in OPTIONS]
+    assert options != OPTIONS
+    described_after_a_while(tmp_path, monkeypatch, options)
+
+
+@pytest.mark.slow
+def test_a_market_that_was_not_told_of_the_pings_cuts_such_a_call(tmp_path, quick_pings, monkeypatch):
+    """Control: gRPC's own limit is a ping in five minutes, and the third that comes sooner ends the connection."""
+    with pytest.raises(MarketUnreachable, match="unavailable"):
+        described_after_a_while(tmp_path, monkeypatch, [option for option in OPTIONS if "ping" not in option[0]])
 
 
 @pytest.mark.slow

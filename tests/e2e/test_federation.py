@@ -48,7 +48,7 @@ def write_head(source: Path, target: Path, count: int) -> Path:
 def owner(home: Path, data: Path, said: dict, base: Path, user: int):
     """Yield (process, what `node up` said) of an owner whose bundles run as `user`."""
     command = [
-        sys.executable, "-m", "nodes.command", "node", "up", str(data), "--no-train", "--base", str(base), "--json",
+        sys.executable, "-m", "nodes.command", "node", "up", "--data", str(data), "--no-train", "--base", str(base), "--json",
         "--flower", said["superlink"], "--ca", said["ca"], "--app-user", str(user),
     ]  # fmt: skip
     with (home / "node.log").open("wb") as log:

@@ -17,10 +17,13 @@ from protocol.errors import VeilmartError
 from protocol.features import default_map
 from protocol.release import open_envelope
 from tests.e2e.processes import environment
+from tests.nodes.guard_processes import wait_for
 from tests.protocol.worlds import envelope_of
 
 MAP = default_map()
 HEALTHY_S = 2.0  # from the start of the process to the first answer, less what Python needs to import: measured beside it
+LONGEST_LIFE_S = 0.5  # of a market after its first acknowledgement, until it is killed again
+PAUSE_S = 0.05  # of each of two owners, between two releases
 
 
 class Market:
@@ -52,8 +55,10 @@ def survive(tmp_path, kills: int, program: str = "") -> tuple[list[bytes], int, 
     home.mkdir()
     market, acknowledged, stop = Market(home, program), [], threading.Event()
     market.start()
-    # Made beforehand, so that publishing is all that happens when the kill comes; each is another owner's.
-    waiting = [[envelope_of(MAP, Ed25519PrivateKey.generate(), seed=seed) for seed in range(first, first + 150)] for first in (0, 1000)]
+    # Made beforehand, so that publishing is all that happens when the kill comes; each is another owner's.  More than can be published
+    # until the last kill: at most one in PAUSE_S, while the market is up.
+    count = int(1.5 * kills * LONGEST_LIFE_S / PAUSE_S)
+    waiting = [[envelope_of(MAP, Ed25519PrivateKey.generate(), seed=seed) for seed in range(count)] for _ in range(2)]
 
     def publish(envelopes: list[bytes], home: Path) -> None:
         while envelopes and not stop.is_set():
@@ -62,15 +67,18 @@ def survive(tmp_path, kills: int, program: str = "") -> tuple[list[bytes], int, 
                     while envelopes and not stop.is_set():
                         client.publish(envelopes[-1])
                         acknowledged.append(envelopes.pop())
-                        time.sleep(0.05)
+                        time.sleep(PAUSE_S)
             except VeilmartError:
-                time.sleep(0.05)  # it is dead: the same bytes again, later
+                time.sleep(PAUSE_S)  # it is dead: the same bytes again, later
 
     threads = [threading.Thread(target=publish, args=(envelopes, tmp_path / f"client{n}")) for n, envelopes in enumerate(waiting)]
     [thread.start() for thread in threads]
     seconds = []
     for _ in range(kills):
-        time.sleep(0.1 + 0.4 * int.from_bytes(os.urandom(2), "little") / 65536)
+        before = len(acknowledged)
+        wait_for(lambda before=before: len(acknowledged) > before)  # they have found it again, however busy the machine is
+        time.sleep(LONGEST_LIFE_S * int.from_bytes(os.urandom(2), "little") / 65536)
+        assert all(waiting), "each kill comes under load"
         market.kill()
         seconds.append(market.start())
     time.sleep(1)

@@ -102,7 +102,7 @@ def running_market(
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(main()), daemon=True)
     thread.start()
-    assert started.wait(60)
+    assert started.wait(240)  # a machine may be busy
     try:
         yield made["address"], identity.ca_file, made["store"]
     finally:

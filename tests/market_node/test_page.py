@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -23,7 +22,6 @@ from market_node.page.reading import Reading
 from market_node.store import Store
 from protocol.aggregation import domain_of
 from protocol.errors import InvalidSignature, NotFound, UsageError
-from protocol.features import default_map
 from protocol.notices import Kind, Notice, open_notice, sign_notice
 from protocol.privacy import Guarantee, PoissonSampledGaussian, PrivateTraining
 from protocol.release import AdapterReference, Card
@@ -543,28 +541,3 @@ def test_a_checkpoint_that_is_not_the_markets_own_is_not_believed(made, market_k
     assert reading_of(tmp_path / "m", MAP).market_key is None
     with pytest.raises(InvalidSignature, match="checkpoint"):
         reading_of(tmp_path / "m", MAP, market_key.public_key().public_bytes_raw()).checkpoint()
-
-
-# Ten thousand -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_first_screen_of_ten_thousand_releases_takes_less_than_300_ms_of_the_server(tmp_path, market_key):
-    """CPU time of this process, which is both client and server: a machine that is busy with something else makes it no longer."""
-    feature_map = default_map()
-    fill(tmp_path / "m", synthetic(feature_map, 10_000, owners=500), feature_map, market_key)
-    reading = Reading(tmp_path / "m", "kme-lin-96")
-    began = time.process_time()
-    reading.state()
-    sys.stdout.write(f"reading 10 000 releases once, before the first visitor: {1e3 * (time.process_time() - began):.0f} ms of CPU" + "\n")
-    client = client_of(reading)
-    for path in ("/", "/?q=health&sort=epsilon", "/?adapter=unbounded&sort=records&page=100", "/map", "/map?domain=legal", "/log"):
-        took = []
-        for _ in range(2):  # the first loads its template
-            began = time.process_time()
-            answer = client.get(path)
-            took.append(1e3 * (time.process_time() - began))
-            assert answer.status_code == 200
-        sys.stdout.write(f"{path}: {took[0]:.0f} ms, then {took[1]:.0f} ms of CPU, {len(answer.content)} bytes" + "\n")
-        assert took[0] < 300
-    reading.close()

@@ -85,7 +85,7 @@ def test_a_superlink_is_told_of_a_node_once_and_anew_when_it_lost_its_database(t
     told = []
 
     class Running:
-        def __init__(self, programs) -> None: ...
+        def __init__(self, programs, on_end) -> None: ...
         def __enter__(self):
             return self
 
@@ -160,8 +160,8 @@ def test_the_bundle_carries_two_modules_and_nothing_else(tmp_path):
         (("campaign", "show", "../../etc"), 2, "expected an id"),
         (("campaign", "show", "20260102-101500-a1b2c3"), 3, "there is none"),
         (("campaign", "list"), 0, "campaign"),
-        (("node", "up", "x.jsonl", "--flower", "a:1"), 2, "--ca"),
-        (("node", "up", "x.jsonl", "--flower", "a:1", "--ca", "ca.crt"), 2, "--app-user"),
+        (("node", "up", "--data", "x.jsonl", "--flower", "a:1"), 2, "--ca"),
+        (("node", "up", "--data", "x.jsonl", "--flower", "a:1", "--ca", "ca.crt"), 2, "--app-user"),
     ],
 )
 def test_wrong_use_gets_one_clear_line(tmp_path, words, code, said):

@@ -44,7 +44,7 @@ def words_of(home: Path, data: Path, model: Path, policy: Path, which_map: str =
     if not which_map:
         (home / "tiny.map").write_bytes(tiny_map(BaseModel.open(model)).manifest)
     return [
-        "node", "up", str(data), "--home", str(home), "--socket", str(home / "door" / "socket"), "--policy", str(policy),
+        "node", "up", "--data", str(data), "--home", str(home), "--socket", str(home / "door" / "socket"), "--policy", str(policy),
         "--base", str(model), "--map", which_map or str(home / "tiny.map"), "--json",
     ]  # fmt: skip
 

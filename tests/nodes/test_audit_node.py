@@ -87,7 +87,8 @@ def deployment(home, **how) -> Deployment:
 
 
 def running(*words: str, children=(), environment=None) -> Process:
-    return Process(1, ("python", "-m", "nodes.command", "node", "up", "notes.jsonl", *words), environment or {}, 1000, tuple(children))
+    command = ("python", "-m", "nodes.command", "node", "up", "--data", "notes.jsonl", *words)
+    return Process(1, command, environment or {}, 1000, tuple(children))
 
 
 # A good deployment -------------------------------------------------------------------------------------------------------------------

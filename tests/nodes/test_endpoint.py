@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -16,8 +17,9 @@ import torch
 
 from nodes import endpoint, loopback
 from nodes.base_model import BaseModel
-from nodes.reuse import Specialist, Strategy, Wish, assemble
-from protocol.errors import Unauthorised, UsageError
+from nodes.reuse import Specialist, Strategy, Wish, assemble, strategies
+from protocol.errors import OutsideWindow, Unauthorised, UsageError
+from protocol.window import Window, day_of
 from tests.nodes.test_families import random_adapter, write_model
 
 TOKEN = "a-token-of-the-test-0123456789"
@@ -64,6 +66,23 @@ def served(tmp_path_factory: pytest.TempPathFactory):
 
 def question(text: str = "two and three", **more: object) -> dict:
     return {"model": "veilmart", "messages": [{"role": "user", "content": text}], "max_tokens": 12, **more}
+
+
+def test_a_specialist_whose_window_ends_while_it_is_served_answers_no_more(served, monkeypatch):
+    """The clock is set on; the base model, which is of no release, goes on, and a clock that stands still is the control."""
+    ended = day_of(time.time()) + 1
+    specialist = replace(served.assistants["veilmart"].account.specialists[0], window=Window(0, ended - 1))
+    ending = replace(served.assistants["veilmart"], account=replace(served.assistants["veilmart"].account, specialists=(specialist,)))
+    monkeypatch.setitem(served.assistants, "veilmart", ending)
+    assert served.post(question()).status_code == 200
+    monkeypatch.setattr(strategies, "day_of", lambda seconds: ended)
+    for stream in (False, True):
+        refused = served.post(question(stream=stream))
+        assert (refused.status_code, refused.json()["error"]["param"]) == (410, "model")
+        assert f"{specialist.title}: it held until" in refused.json()["error"]["message"]
+    with pytest.raises(OutsideWindow):  # and whoever keeps an assistant in a program of its own
+        ending.answer([("user", "two and three")], 12)
+    assert served.post({**question(), "model": "base"}).status_code == 200
 
 
 def test_the_public_client_streams_the_specialists_answer(served):

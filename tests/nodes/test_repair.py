@@ -3,6 +3,7 @@
 import json
 import shutil
 import sqlite3
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -16,6 +17,7 @@ from protocol.errors import AlreadyPublished, LedgerBehind, PopulationConflict, 
 from protocol.features import default_map
 from protocol.privacy import Guarantee, PrivacyUnit
 from protocol.release import open_envelope
+from protocol.window import DAY_S
 from tests.market_node.market import running_market
 from tests.nodes.owners import make_guard, tiny_map, write_records
 from tests.nodes.test_command import veilmart
@@ -38,13 +40,14 @@ class Owner:
         self.home, self.data, self.model, self.client = tmp_path / name, tmp_path / "notes.jsonl", model, client
         self.map = tiny_map(model)
 
-    def guard(self, noise=None):
-        return make_guard(self.home, self.data, self.model, noise, policy=POLICY)
+    def guard(self, noise=None, days_ago: int = 0):
+        now = time.time() - days_ago * DAY_S
+        return make_guard(self.home, self.data, self.model, noise, policy=POLICY, now=lambda: now)
 
-    def publish(self, count: int, noise=None) -> bytes:
+    def publish(self, count: int, noise=None, days_ago: int = 0) -> bytes:
         """As `veilmart node publish` does: compare, then draw, then send."""
         write_records(self.data, count)
-        guard = self.guard(noise)
+        guard = self.guard(noise, days_ago)
         guard.require_current(self.client.releases_of(guard.owners, self.map))
         envelope = guard.release(ONE)
         self.client.publish(envelope)
@@ -107,6 +110,40 @@ def test_a_ledger_that_is_current_is_not_refused(owner):
     unsent = owner.guard().release(ONE)  # charged but never sent: the ledger may know more than the market
     owner.publish(151)
     assert owner.guard().collect() == unsent
+
+
+@pytest.fixture
+def renewed(owner):
+    """The ledger from before a release was renewed in the last third of its days, and what was spent: the market has the renewal."""
+    first = owner.publish(150, days_ago=300)
+    old, spent = owner.ledger_file.read_bytes(), owner.guard().price(ONE.guarantee).spent
+    second = owner.publish(150, forbidden_noise())
+    assert open_envelope(second).release_number == 2
+    owner.ledger_file.write_bytes(old)
+    with pytest.raises(LedgerBehind):
+        owner.publish(150, forbidden_noise())
+    return owner, [first, second], spent
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["the renewal is missing", "everything is missing"])
+def test_a_renewal_that_was_lost_costs_nothing_when_it_is_repaired(renewed, lost):
+    owner, published, spent = renewed
+    if lost:
+        owner.ledger_file.unlink()
+    ledger = Ledger.open(owner.ledger_file, POLICY.budget)
+    assert ledger.absorb(owner.client.releases_of(owner.guard().owners, owner.map)) == 1 + lost
+    assert [entry.envelope for entry in ledger.entries()] == published
+    assert owner.guard().price(ONE.guarantee).spent == pytest.approx(spent, rel=1e-9)
+    if not lost:  # and the owner goes on with what the market has, and signs no third
+        assert owner.publish(150, forbidden_noise()) == published[1]
+
+
+def test_a_ledger_that_knows_no_renewal_would_charge_one_twice(renewed, monkeypatch):
+    """Control."""
+    owner, _, spent = renewed
+    monkeypatch.setattr("nodes.ledger._given_away", lambda release: release.release_id)
+    Ledger.open(owner.ledger_file, POLICY.budget).absorb(owner.client.releases_of(owner.guard().owners, owner.map))
+    assert owner.guard().price(ONE.guarantee).spent > 1.3 * spent
 
 
 def test_a_clone_of_the_node_is_noticed(owner, tmp_path, model):

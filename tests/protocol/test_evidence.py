@@ -127,6 +127,21 @@ def test_every_flipped_bit_is_noticed():
     assert 3 * len(data) >= 10_000, "as many positions as are asked for"
 
 
+def test_a_reader_that_takes_any_archive_is_caught_by_that_test():
+    """Control: the same checks behind a tar program, which looks at no padding and at half of a header."""
+    data, unnoticed = evidence(1, maps=()), 0
+    for at in range(0, len(data), 29):
+        changed = bytearray(data)
+        changed[at] ^= 8
+        try:
+            with tarfile.open(fileobj=io.BytesIO(changed)) as archive:
+                verify({member.name: archive.extractfile(member).read() for member in archive})
+        except (VeilmartError, tarfile.TarError, AttributeError, UnicodeDecodeError):
+            continue
+        unnoticed += 1
+    assert unnoticed > 10
+
+
 def test_what_is_cut_off_or_added_is_noticed(tmp_path):
     data = evidence()
     for changed in (data[:-1], data[:-512], data + bytes(512), data[:600], b"", data[512:]):
