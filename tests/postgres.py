@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from market_node.database import use
-
 PLACES = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), reverse=True)
 USER = "postgres"  # the server refuses to run as root
 
@@ -107,6 +105,8 @@ def postgres() -> Iterator[Server]:
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def market_home(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A market's folder, with its records in each of the databases in turn."""
+    from market_node.database import use  # not whenever a test is collected
+
     if request.param == "postgresql":
         use(tmp_path, request.getfixturevalue("postgres").url())
     return tmp_path
