@@ -127,7 +127,7 @@ class MarketMachine(RuleBasedStateMachine):
         self.stubs = [LossyStub(self.local) for _ in range(CLIENTS)]
         self.clients = []
         for n in range(CLIENTS):
-            market_client.connect, market_client.MarketStub = lambda address, ca: Channel(), lambda channel, n=n: self.stubs[n]
+            market_client.connect, market_client.MarketStub = lambda address, ca, apart: Channel(), lambda channel, n=n: self.stubs[n]
             self.clients.append(MarketClient("nowhere:1", self.ca, self.home / f"client{n}"))
         self.keys = [Ed25519PrivateKey.generate() for _ in range(OWNERS)]
         self.invites: dict[int, tuple[bytes, float]] = {}

@@ -2,6 +2,7 @@
 
 import ast
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def test_a_market_that_would_refuse_is_known_before_anything_is_charged(world, t
     assert owner.plan(ONE).price.spent == 0.0
     warned = []
     with running_market(tmp_path / "large", feature_map, policy=AdmissionPolicy(smallest_count=110)) as (address, ca, _):
-        owner.publish(Market(address, ca, tmp_path / "owner"), ONE, on_warning=warned.append)
+        with suppress(NotAdmitted):  # noise decides: of 120 records it leaves fewer than 110 in one of four releases
+            owner.publish(Market(address, ca, tmp_path / "owner"), ONE, on_warning=warned.append)
     assert len(warned) == 1
     assert "may be below this market's 110" in warned[0]
 
