@@ -241,7 +241,7 @@ def publishing(market: Mapping[str, Any], load: Mapping[str, Any], feature_map: 
         before, after = load["database_mb"]
         row["database_gb"] = round(releases * (after - before) / load["releases"]["registered"] / 1e3, 2)
         for name, process in load["processes"].items():
-            row[f"{name}_memory_gb"] = round(releases * process["kb_a_release"] / 1e6, 2)
+            row[f"{name}_memory_gb"] = round(releases * max(process["kb_a_release"], 0.0) / 1e6, 2)
         rows.append(row)
     return rows
 

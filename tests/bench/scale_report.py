@@ -114,7 +114,7 @@ def picture(result: Mapping[str, Any]) -> Any:
                 [row["probes"] for row in rows], [100 * row["recall_at_1"] for row in rows], color=colour, marker=marker, linestyle=line,
                 alpha=alpha, markersize=4, label=f"{power(size)}, {rows[0]['clusters']} clusters, {kind}",
             )  # fmt: skip
-    left.set(xscale="log", xlabel="clusters probed", ylabel="best match found, %", title="recall", ylim=(0, 102))
+    left.set(xscale="log", xlabel="clusters probed", ylabel="best match found, %", title="recall", ylim=(70, 101))
     left.legend(loc="lower right", fontsize=8)
     once = [row for row in result["costs"] if row["queries_a_second"] == ordered(result["costs"], "queries_a_second")[0]]
     names = ("exact scan", "in the clear", "groups", "numbers hidden", "super-clusters")
@@ -127,5 +127,5 @@ def picture(result: Mapping[str, Any]) -> Any:
         for row in of_way:
             right.annotate(power(row["releases"]), (row["down_kb"] + row["up_kb"], row["cpu_ms"]), fontsize=8, color=colour)
     right.set(xscale="log", yscale="log", xlabel="kB moved a query", ylabel="CPU ms of the market a query", title="cost")
-    right.legend(loc="upper left", fontsize=9)
+    right.legend(loc="lower right", fontsize=9)
     return figure
