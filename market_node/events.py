@@ -266,6 +266,7 @@ def write_events(stream: TextIO, level: int = logging.INFO) -> None:
     handler.setFormatter(Lines())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # where the log cannot be written, logging would print what it was about to tell of
 
     def uncaught(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:
         tell(Crashed(_formed("kind", kind.__name__), where(traceback)))

@@ -5,6 +5,7 @@ Only typer is imported at the top: `veilmart --help` answers in under half a sec
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from importlib.metadata import entry_points, version
@@ -149,6 +150,7 @@ def main() -> None:
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     dump_no_core()
+    logging.raiseExceptions = False  # a log that cannot be written would print the exception that was to be told of, with its message
     as_json, debug = "--json" in sys.argv, "--debug" in sys.argv or bool(os.environ.get("VEILMART_DEBUG"))
     import click
 

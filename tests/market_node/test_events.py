@@ -97,6 +97,26 @@ fail()
     assert all(line["kind"] == "RuntimeError" and line["where"] for line in lines[2:])
 
 
+@pytest.mark.parametrize("said_by_default", [False, True])
+def test_a_log_that_cannot_be_written_writes_nothing_else(said_by_default):
+    """logging tells of a handler that fails on standard error, with all exceptions that were under way (the control)."""
+    program = f"""
+import io, logging
+from market_node.events import Incident, tell, write_events
+closed = io.StringIO()
+closed.close()
+write_events(closed)
+logging.raiseExceptions |= {said_by_default}
+try:
+    raise RuntimeError({SECRET!r})
+except RuntimeError:
+    tell(Incident("0a", "RuntimeError", ""))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert (SECRET in done.stderr) is said_by_default
+    assert said_by_default or not done.stderr
+
+
 def logging_calls(source: str) -> list[int]:
     """Return the lines on which something is logged, printed or warned of otherwise than by `tell`."""
     names = {"debug", "info", "warning", "error", "exception", "critical", "log", "warn", "print_exc", "print"}

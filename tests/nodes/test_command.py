@@ -319,3 +319,11 @@ def test_a_card_that_is_no_utf8_is_the_callers_mistake(tmp_path, capsys):
 )
 def test_a_learnware_without_a_name_is_called_after_its_file(file, name):
     assert Card(name_from(Path(file))).name == name
+
+
+def test_a_log_that_cannot_be_written_writes_nothing_else():
+    """`tests/market_node/test_events.py` has what it would write, and the control."""
+    program = "import logging, sys; sys.argv[1:] = ['--version']\nfrom nodes.command import main\n"
+    program += "try: main()\nfinally: print(logging.raiseExceptions)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout.splitlines()[-1] == "False"
