@@ -21,8 +21,9 @@ import struct
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,7 +95,8 @@ class Tiles:
 # --- memory that both sides map --------------------------------------------------------------------------------------
 
 
-class Room(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Room:
     """The arrays of a pass, one after the other in one memory."""
 
     baby: NDArray[np.uint64]  # protocol.evaluation.steps_shape

@@ -114,7 +114,8 @@ def evaluator(workers: int | None, ray: str = "") -> Evaluator:
 # --- what a kind of workers is made of -------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
     """The answers of a range of tiles, (queries, tiles, tile_bytes), and the nanoseconds of CPU that they took."""
 
     answers: NDArray[np.uint8]

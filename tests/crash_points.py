@@ -130,7 +130,7 @@ def publish(world: Path, model: BaseModel, at: int, send_first: bool) -> None:
     event.listen(store._engine, "commit", lambda db: point("market: before its commit"))
     key = Ed25519PrivateKey.from_private_bytes((world / "m" / "market.key").read_bytes())
     service = QuietService(store, feature_map, key, simulation=False, quotas=Quotas.open(world / "m", Limits()))
-    clients.connect, clients.MarketStub = lambda address, ca: None, lambda channel: Wire(service, world / "wire", point)
+    clients.connect, clients.MarketStub = lambda address, ca, apart: None, lambda channel: Wire(service, world / "wire", point)
     client = MarketClient("market:1", world / "m" / "market.key", world / "home")
     guard = make_guard(world / "home", world / "notes.jsonl", model, policy=Policy(budget=BUDGET), embed=embed_cheaply(model))
     guard.require_current(client.releases_of(guard.owners, feature_map))
