@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 LINK = "simulation"
 SOCKETS = "VEILMART_GUARD_SOCKETS"  # as nodes/flower.py reads it
-QUIET_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "OMP_NUM_THREADS": "1"}
+# A Ray of its own: Flower fails on one that runs here already, or on the file that a dead one left behind.
+QUIET_RAY = {"RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "OMP_NUM_THREADS": "1"}
 ASKING_THREADS = 8
 STARTS = 3  # of Ray, which waits for its own processes for 30 s and no option says otherwise: too short on a machine that is very busy
 STARTING_RAY = b"in init_ray\n"  # the line of Flower's traceback that says where it failed
