@@ -102,11 +102,11 @@ def test_this_process_is_seen_with_its_memory_and_files(tmp_path):
     (tmp_path / "file").write_text("")
     before = held_by(me, 0.0)
     files = [(tmp_path / "file").open() for _ in range(5)]
-    grown = np.ones(8 << 20, np.uint8)
+    grown = np.ones(64 << 20, np.uint8)  # much more than what others free meanwhile
     after = held_by(me, 1.0)
     assert me in family(me)
     assert after.descriptors == before.descriptors + 5
-    assert after.anonymous_mb >= before.anonymous_mb + 7
+    assert after.anonymous_mb >= before.anonymous_mb + 48
     assert grown.size
     for file in files:
         file.close()
