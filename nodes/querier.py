@@ -256,6 +256,8 @@ class Querier:
         if strategy in WITH_SPECIALIST:
             trial = triable(pairs or task) if tries else []
             choice = self.choose(learnwares, task, several=several if mixture else 1, tries=tries if trial else 1, cover=cover)
+            if mixture and len(choice.specialists) == 1:  # one has all the weight
+                wish = replace(wish, strategy=Strategy.SINGLE, specialists=1)
             choice = self._tried(wish, choice, trial)
             if not choice.specialists:
                 return base_instead(self.model, choice)
@@ -337,7 +339,8 @@ def _why_not(search: Search) -> str:
     if given.verdict is Verdict.SIBLING:
         return (
             "a sibling: the best one is related to your task but another task "
-            f"({100 * best.separation:.0f} % of the distance between unrelated tasks); try it against the base model"
+            f"({100 * best.separation:.0f} % of the distance between unrelated tasks); "
+            "try it, or the nearest together (`ask --strategy mixture`), against the base model"
         )
     if views == 1:
         return "cannot tell: prompts alone do not tell tasks apart that share their prompts; add responses to the texts"

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from nodes.learnwares import StoredLearnware, local_learnware, pull_learnware
 from nodes.reuse.strategies import Specialist
 from protocol.errors import FormatError, InvalidAdapter, NotFound, UsageError, VeilmartError
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from nodes.records import Record
     from protocol.features import FeatureMap
     from protocol.scoring import Sketch
+    from protocol.specification import Specification
 
 SMALLEST_WEIGHT = 0.05  # a specialist below it costs a download and a pass a token, and changes little
 
@@ -115,18 +118,12 @@ def matched(
     chosen = [match.release_id for match in given.matches]
     if not chosen:
         raise NotFound("no specialist for this task: no owner published an adapter")
-    weights = [1 / len(chosen)] * len(chosen)
+    weights, why = [1 / len(chosen)] * len(chosen), f"best of {len(found.ranking.matches)} by its specification ({given.verdict})"
     if several > 1:
-        from protocol.mixture import mixture_weights
-
-        weights = list(_without_crumbs(mixture_weights([releases[one].specification for one in chosen], sketch, feature_map).tolist()))
+        matching = [found.verdict_on(match) is Verdict.MATCH for match in given.matches]
+        weights, why = _mixed([releases[one].specification for one in chosen], matching, sketch, feature_map)
     wanted = [(releases[one].title, weight) for one, weight in zip(chosen, weights, strict=True) if weight]
     pulled, told = _pulled([title for title, _ in wanted], home, client, feature_map, cover, several == 1)
-    why = (
-        f"best of {len(found.ranking.matches)} by its specification ({given.verdict})"
-        if several == 1
-        else "weighed by their specifications"
-    )
     kept = [(one, weight) for one, (_, weight) in zip(pulled, wanted, strict=True) if one is not None]
     specialists = _specialists([one for one, _ in kept], model)
     return Choice(specialists, tuple(weight for _, weight in kept), why, (*left, *told))
@@ -165,6 +162,23 @@ def _sketch(task: Sequence[Record], model: BaseModel, feature_map: FeatureMap) -
     from nodes.query import sketch_task
 
     return sketch_task(task, model, feature_map)
+
+
+def _mixed(
+    specifications: Sequence[Specification], matching: Sequence[bool], sketch: Sketch, feature_map: FeatureMap
+) -> tuple[list[float], str]:
+    """Return the weights of releases in a mixture found for a task, and why these.
+
+    Releases that match hold the task itself, and another task beside them only takes from it: they share by their records alone, as far
+    as the noise lets these be known.  Where none matches, the nearest ones together stand for the task (docs/results/learnware.md).
+    """
+    from protocol.catalogue import columns_of
+    from protocol.mixture import mixture_weights
+
+    if not any(matching):
+        return list(_without_crumbs(mixture_weights(specifications, sketch, feature_map).tolist())), "weighed by their specifications"
+    records = np.where(matching, columns_of(specifications, feature_map, sketch.views).counts, 0.0)
+    return list(_without_crumbs((records / records.sum()).tolist())), "all that match, weighed by their records"
 
 
 def _weights(stored: Sequence[StoredLearnware], sketch: Sketch, feature_map: FeatureMap) -> tuple[float, ...]:

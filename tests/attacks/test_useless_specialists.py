@@ -23,7 +23,7 @@ from nodes.market_client import MarketClient
 from nodes.places import places
 from nodes.query import find_in_mirror, sketch_task
 from nodes.records import Pair, Prompt
-from nodes.reuse.choice import Choice, matched
+from nodes.reuse.choice import Choice, _mixed, matched
 from nodes.reuse.decoding import Voice
 from nodes.reuse.strategies import Mixing, Part, Specialist, Strategy, Wish
 from nodes.reuse.trial import MOST_RECORDS, triable, tried
@@ -145,6 +145,20 @@ def test_tried_on_the_queriers_records_the_forged_one_is_left(world, market):
     assert name_of(choice) == ["honest"]
     assert world.loss(choice.specialists[0].adapter, UNSAID) < world.loss(None, UNSAID) - 0.5
     assert f"on {len(TASK)} of your records" in choice.why
+
+
+def test_a_mixture_is_of_what_matches_and_of_all_that_is_near_only_where_nothing_does(world):
+    feature_map = wide_map(world.model)
+    sketch = sketch_task(TASK, world.model, feature_map)
+    few, many = world.honest(), estimate(quantise(np.tile(world.features, (20, 1))), feature_map.map_id, ONE, operating_system())
+    weights, why = _mixed([few, many, world.honest()], [True, True, False], sketch, feature_map)
+    assert weights[2] == 0
+    assert weights[1] > 2 * weights[0] > 0, "480 records against 60, as far as the noise lets them be known"
+    assert "match" in why
+    nearest, why = _mixed([few, many, world.honest()], [False] * 3, sketch, feature_map)
+    assert (len(nearest), sum(nearest)) == (3, pytest.approx(1))
+    assert "match" not in why
+    assert _mixed([few, many], [True, False], sketch, feature_map)[0] == [1, 0]
 
 
 def test_an_adapter_that_never_arrives_keeps_nobody_from_being_tried(market, world):

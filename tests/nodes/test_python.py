@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import nodes
-from nodes import Budget, Market, Owner, Policy, Published, Querier, Recipe, Way, read_records
+from nodes import Budget, Market, Owner, Policy, Published, Querier, Recipe, Strategy, Way, read_records
 from nodes.base_model import BaseModel
 from nodes.command import build
 from nodes.known_market import remember
@@ -108,6 +108,13 @@ def test_a_querier_finds_pulls_and_asks(world):
     # What was pulled answers without a market, and says so.
     alone = Querier(home=world.root / "querier", **world.tiny).ask("number 3 of wool", learnwares=[world.published.release.title], tokens=4)
     assert (alone.text, alone.left_site) == (answer.text, ())
+
+
+def test_where_one_specialist_is_left_of_a_mixture_it_answers_alone(world):
+    querier = Querier(Market(world.market.address, world.market.ca, world.root / "querier"), **world.tiny)
+    task = read_records(world.root / "wool.jsonl", 24)
+    assistant = querier.assistant(Strategy.MIXTURE, task=task, tries=0)
+    assert (assistant.strategy, assistant.outcome.answered_by) == (Strategy.SINGLE, world.published.release.title)
 
 
 def test_the_market_of_a_home_needs_no_address(tmp_path):
