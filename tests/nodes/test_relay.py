@@ -327,12 +327,11 @@ def test_a_new_line_takes_over_and_the_old_one_still_delivers(world, monkeypatch
     monkeypatch.setattr(relay, "RENEW_S", 0.5)
     release_id = open_envelope(world.envelope).release_id
     first, changed, asked = world.client.introduction(release_id), 0, 0
-    while changed < 3:  # any question that falls between two lines would raise
+    while changed < 3 or asked <= 10:  # any question that falls between two lines would raise; a busy machine asks few between them
         world.ask(tokens=2)
         asked += 1
         now = world.client.introduction(release_id)
         changed, first = changed + (now != first), now
-    assert asked > 10
 
 
 def test_a_member_that_was_removed_is_asked_no_more(owner, model, tmp_path):
