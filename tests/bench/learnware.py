@@ -7,7 +7,8 @@ The first line prints what it will take, measured on a few texts, and works piec
 the losses of one specialist on one task.  Every piece is a file of RUN; with --resume it goes on where it was killed.  RUN holds states of
 the texts and owners' records: it is as private as they are.
 
-The second line makes learnware.json, the tables of learnware.md and the pictures from RUN, without a model and without training.
+The second line makes learnware.json, the tables of learnware.md and the pictures from RUN, without a model and without training; with
+more --draws of the noise than the run had, if so asked.
 
 * Owners: shards, label subsets and mixtures of two related tasks, disjoint, 60 records and more each, dealt by the seed.
   Each one's guard trains and releases; a real market's process holds the releases and answers encrypted queries.
@@ -69,7 +70,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--largest", type=int, default=usual.largest, help="records of an owner, at most")
     parser.add_argument("--texts", type=int, default=usual.texts, help="scored texts a task")
     parser.add_argument("--queries", type=int, default=usual.queries, help="queries a task")
-    parser.add_argument("--draws", type=int, default=usual.draws, help="of every specification's noise")
+    parser.add_argument("--draws", type=int, help=f"of every specification's noise, {usual.draws} unless given; a report may have more")
     parser.add_argument(
         "--epsilon-spec", type=float, default=usual.epsilon_spec, metavar="E", help="of the specifications that are released"
     )
@@ -99,7 +100,7 @@ def settings_of(asked: argparse.Namespace) -> Settings:
     adapters = (None, *dict.fromkeys(epsilon for epsilon in asked.epsilon_adapter if epsilon is not None))
     settings = Settings(
         asked.data, asked.out, specialists=asked.specialists, smallest=asked.smallest, largest=asked.largest, texts=asked.texts,
-        queries=asked.queries, draws=asked.draws, epsilon_spec=asked.epsilon_spec, adapters=adapters, maps=tuple(asked.maps),
+        queries=asked.queries, epsilon_spec=asked.epsilon_spec, adapters=adapters, maps=tuple(asked.maps),
         larger=asked.larger, seed=asked.seed, public_specialists=max(10, asked.specialists // 3),
     )  # fmt: skip
     return replace(settings, **QUICK) if asked.quick else settings
@@ -110,6 +111,8 @@ def main(words: list[str] | None = None) -> int:
     asked = parse(words)
     try:
         settings = Settings.of_run(asked.out) if asked.report else settings_of(asked)
+        if asked.draws:
+            settings = replace(settings, draws=asked.draws)  # after the run: they are drawn over the same features
         run = Run(settings, asked.base, [open_map(name) for name in settings.maps], asked.device, max(1, asked.workers))
         if not asked.report:
             run.begin(asked.resume)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench.learnware_measures import ENOUGH, find, named, public_and_encrypted
+from tests.bench.learnware_measures import ENOUGH, MATCHES_MIXED, MIXED_UNLESS, find, named, public_and_encrypted
 from tests.bench.learnware_policies import SCENARIOS
 from tests.bench.tables import fill, markdown
 
@@ -57,6 +57,11 @@ Gradients cost ten times what states do, so the specifications of `kme-grad-64` 
 <!-- end -->
 
 ![Gap closed against epsilon](learnware-epsilon.svg)
+
+What the noise of the releases costs: a paired difference, its interval over tasks.
+
+<!-- table: learnware-noise -->
+<!-- end -->
 
 ## What a score promises
 
@@ -109,6 +114,7 @@ def tables(result: Row) -> dict[str, str]:
         "learnware-run": _run(result),
         "learnware-policies": _policies(result),
         "learnware-epsilon": _epsilon(result),
+        "learnware-noise": _noise(result),
         "learnware-verdicts": _verdicts(result),
         "learnware-seed": _seed(result),
         "learnware-tasks": _tasks(result),
@@ -137,7 +143,7 @@ def _percent(value: float | None) -> str:
 
 
 def _gap(row: Row | None) -> str:
-    return "-" if row is None else "{} ({} to {})".format(*(f"{100 * value:.0f}" for value in row["gap"]))
+    return "-" if row is None else "{} ({} to {})".format(*(round(100 * value) for value in row["gap"]))
 
 
 def _maybe(result: Row, scenario: str, policy: str, epsilon: str = "", view: str = "full") -> Row | None:
@@ -193,11 +199,15 @@ def _policies(result: Row) -> str:
         rows.append([
             policy, _number(seen and seen["loss"]), _percent(seen and seen["excess"]),
             f"{seen['beats_base']}/{seen['tasks']}" if seen else "-",
-            _percent(seen and seen["exact"]), _number(unseen and unseen["loss"]), _gap(unseen), _percent(unseen and unseen["gap_median"]),
+            _percent(seen and seen["exact"]), _number(unseen and unseen["loss"]),
+            f"{unseen['beats_base']}/{unseen['tasks']}" if unseen else "-", _gap(unseen), _percent(unseen and unseen["gap_median"]),
             _percent(unseen and unseen["exact"]), _gap(quiet), _gap(domain),
         ])  # fmt: skip
-    head = ["policy", "seen: loss", "over oracle, %", "beats base", "exact answers, %", "unseen: loss", "gap closed, % (95 %)", "median, %"]
-    return markdown([*head, "exact answers, %", "without noise: gap closed, %", "domain left out: gap closed, %"], rows)
+    head = ["policy", "seen: loss", "over oracle, %", "beats base", "exact answers, %", "unseen: loss", "beats base"]
+    return markdown(
+        [*head, "gap closed, % (95 %)", "median, %", "exact answers, %", "without noise: gap closed, %", "domain left out: gap closed, %"],
+        rows,
+    )
 
 
 def _epsilons(result: Row) -> list[str]:
@@ -214,6 +224,16 @@ def _epsilon(result: Row) -> str:
                 rows.append([policy, view, scenario, *(_gap(_maybe(result, scenario, policy, epsilon, view)) for epsilon in epsilons)])
     head = [f"eps {epsilon}" if epsilon != "none" else "no noise" for epsilon in epsilons]
     return markdown(["rule", "query", "market", *head], rows)
+
+
+def _noise(result: Row) -> str:
+    rows = [
+        [row["policy"], row["scenario"], _percent(row["gap"]), _percent(row["without_noise"]),
+         "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value + 0.0 for value in row["lost"]))]
+        for row in result["noise"] if row["policy"] in ("LLR", "cosine", "mixture of 3", MIXED_UNLESS, MATCHES_MIXED)
+    ]  # fmt: skip
+    head = ["policy", "market", f"gap closed at eps {named(result['epsilon_spec'])}, %", "without noise, %", "lost, points (95 %)"]
+    return markdown(head, sorted(rows))
 
 
 def _verdicts(result: Row) -> str:

@@ -16,7 +16,18 @@ from protocol.errors import UsageError
 from protocol.keys import write_durably
 from tests.bench import learnware_larger, learnware_run
 from tests.bench.learnware import main
-from tests.bench.learnware_measures import Cell, analyse, find, gap_closed, kept_in, named, with_interval
+from tests.bench.learnware_measures import (
+    MATCHES_MIXED,
+    MIXED_UNLESS,
+    Cell,
+    analyse,
+    find,
+    gap_closed,
+    kept_in,
+    lost_to_noise,
+    named,
+    with_interval,
+)
 from tests.bench.learnware_policies import (
     best,
     candidates,
@@ -113,6 +124,15 @@ def test_gap_closed_is_a_ratio_of_sums():
     value, low, high = with_interval(chosen, random, oracle)
     # Two tasks: a bootstrap sample is both, the first twice (1 of 1) or the second twice (1 of 3).
     assert (value, low, high) == (0.5, pytest.approx(1 / 3, abs=1e-3), 1.0)
+
+
+def test_what_noise_costs_is_the_paired_difference_of_the_gaps_closed():
+    quiet, random, oracle = np.array([1.0, 3.0]), np.array([2.0, 4.0]), np.array([1.0, 1.0])
+    assert lost_to_noise(quiet, quiet, random, oracle) == [0.0, 0.0, 0.0]
+    lost, low, high = lost_to_noise(quiet + np.array([0.5, 0.0]), quiet, random, oracle)
+    assert lost == pytest.approx(0.5 / 4)
+    assert (low, high) == (0.0, 0.5), "either task alone"
+    assert lost_to_noise(quiet - 0.1, quiet, random, oracle)[0] < 0, "noise may help"
 
 
 def test_a_cell_splits_at_texts_and_counts_whole_answers():
@@ -224,7 +244,17 @@ def test_a_run_measures_everything_that_the_tables_show(whole):
     _, result = whole
     assert [row["scenario"] for row in result["policies"] if row["policy"] == "oracle"][:2] == ["domain left out", "seen"]
     epsilon = named(1.0)
-    for policy in ("LLR", "cosine", "mixture of 3", "predicted gain", "label-aware", "LLR; own texts choose among 3"):
+    policies = (
+        "LLR",
+        "cosine",
+        "mixture of 3",
+        MIXED_UNLESS,
+        MATCHES_MIXED,
+        "predicted gain",
+        "label-aware",
+        "LLR; own texts choose among 3",
+    )
+    for policy in policies:
         assert math.isfinite(find(result, "seen", policy, epsilon)["loss"])
     oracle, random = (find(result, "seen", policy)["loss"] for policy in ("oracle", "random"))
     assert oracle < random
@@ -232,6 +262,7 @@ def test_a_run_measures_everything_that_the_tables_show(whole):
     assert result["matching"]["same_choice"] == result["matching"]["queries"] == 3
     assert [row["epsilon_adapter"] for row in result["blocks"]] == [None, 8.0]
     assert result["simulated_noise"]
+    assert {row["scenario"] for row in result["noise"]} >= {"seen", "unseen"}
     assert all(table for table in tables(result).values())
     assert {row["stage"] for row in result["cost"]} >= {"texts", "specialists", "losses", "encrypted queries"}
 
