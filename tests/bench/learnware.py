@@ -66,6 +66,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--base", type=Path, default=home / "models" / "smollm2-135m")
     parser.add_argument("--specialists", type=int, default=usual.specialists, metavar="N")
+    parser.add_argument(
+        "--public-specialists", type=int, metavar="N", help="of public tasks, on which rules are fitted; a third of the others, 10 at least"
+    )
     parser.add_argument("--smallest", type=int, default=usual.smallest, help="records of an owner, at least")
     parser.add_argument("--largest", type=int, default=usual.largest, help="records of an owner, at most")
     parser.add_argument("--texts", type=int, default=usual.texts, help="scored texts a task")
@@ -101,7 +104,7 @@ def settings_of(asked: argparse.Namespace) -> Settings:
     settings = Settings(
         asked.data, asked.out, specialists=asked.specialists, smallest=asked.smallest, largest=asked.largest, texts=asked.texts,
         queries=asked.queries, epsilon_spec=asked.epsilon_spec, adapters=adapters, maps=tuple(asked.maps),
-        larger=asked.larger, seed=asked.seed, public_specialists=max(10, asked.specialists // 3),
+        larger=asked.larger, seed=asked.seed, public_specialists=asked.public_specialists or max(10, asked.specialists // 3),
     )  # fmt: skip
     return replace(settings, **QUICK) if asked.quick else settings
 
