@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
     from protocol.features import FeatureMap
 
+# torch's threads (libgomp) spin, by default for long, while they wait for each other: on two cores that something else has as well a
+# token took 0.8 s instead of 0.07, and nothing is lost where the cores are free.  Read when torch is loaded, so it stands before.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 FEATURE_LAYER = 6  # its states are pooled into the features; part of the feature map
 SPLIT_LAYER = 24  # of the default model (`BaseModel.split`): its states are cached, the adapter lives above it
 PROMPT_TOKENS, RESPONSE_TOKENS = 60, 40

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,14 @@ LAYER, SPLIT = 2, 4
 @pytest.fixture(scope="module")
 def model(tiny_model_directory: Path) -> BaseModel:
     return BaseModel.open(tiny_model_directory)
+
+
+def test_how_long_threads_spin_is_said_before_torch_is_loaded() -> None:
+    """torch reads it once; what it is worth is in docs/decisions/0021-reuse-on-busy-machines.md."""
+    said = "import os, sys, nodes.base_model; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    clean = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    found = subprocess.run([sys.executable, "-c", said], env=clean, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["1000", "False"]
 
 
 # Import
