@@ -377,7 +377,7 @@ def _epsilon_picture(result: Row) -> Any:
         axes.set_xticks(range(len(epsilons)), [one if one != "none" else "no noise" for one in epsilons])
         axes.set(xlabel="epsilon of the specifications", title=scenario)
     both[0].set_ylabel("gap closed, %")
-    both[1].legend(loc="lower right", fontsize=9)
+    both[0].legend(loc="lower left", fontsize=9)
     return figure
 
 
