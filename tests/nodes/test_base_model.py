@@ -35,7 +35,7 @@ def model(tiny_model_directory: Path) -> BaseModel:
 
 
 def test_how_long_threads_spin_is_said_before_torch_is_loaded() -> None:
-    """torch reads it once; what it is worth is in docs/decisions/0021-reuse-on-busy-machines.md."""
+    """torch reads it once; `python -m tests.bench.spinning` says what it is worth."""
     said = "import os, sys, nodes.base_model; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
     clean = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     found = subprocess.run([sys.executable, "-c", said], env=clean, capture_output=True, text=True, check=True)
